@@ -1,0 +1,108 @@
+"""Optimizers for speedruns: Turbo-Muon and its relatives for matrices, Adam for the rest, behind one object.
+
+    groups = route(model)
+    optimizer = OPTIMIZERS["turbo-muon"](groups, lr=0.03)
+    loss.backward(); optimizer.step()
+"""
+
+from functools import partial
+
+from torch import nn
+
+from .adam import Adam
+from .chained import ChainedOptimizer
+from .finite import NonFiniteError
+from .muon import Muon
+from .polar import POLARS, Polar, get_polar
+
+__all__ = ["Adam", "ChainedOptimizer", "Muon", "NonFiniteError", "OPTIMIZERS", "POLARS", "Polar", "get_optimizer",
+           "get_polar", "route", "route_table"]
+
+HEADS = ("head", "lm_head", "classifier")  # last modules whose weight maps to classes; their rows are not a hidden layer
+KINDS = ("matrix", "embedding", "head", "scalar")
+
+
+def route(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Sort the trainable parameters of `model` into {"matrix", "embedding", "head", "scalar"}: lists of (name, parameter).
+
+    Embeddings are the weights of nn.Embedding; heads are modules named head, lm_head or classifier; of the rest, what
+    has two or more dimensions is a matrix (convolutions too) and what has fewer a scalar. Every trainable parameter is
+    in exactly one list (a tied one under its first name): asserted.
+    """
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in KINDS}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if id(p) in embeddings:
+            kind = "embedding"
+        elif p.ndim < 2:
+            kind = "scalar"
+        elif set(name.split(".")[:-1]) & set(HEADS):
+            kind = "head"
+        else:
+            kind = "matrix"
+        groups[kind].append((name, p))
+    routed = [id(p) for group in groups.values() for _, p in group]
+    wanted = {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(routed) == len(set(routed)) and set(routed) == wanted, "every parameter must be optimised exactly once"
+    return groups
+
+
+def route_table(groups: dict[str, list[tuple[str, nn.Parameter]]]) -> str:
+    """What `route` decided, one line per kind: tensors, parameters, shapes."""
+    lines = []
+    for kind, members in groups.items():
+        shapes: dict[str, int] = {}
+        for _, p in members:
+            shape = "×".join(map(str, p.shape)) or "scalar"
+            shapes[shape] = shapes.get(shape, 0) + 1
+        listed = ", ".join(f"{count} of {shape}" for shape, count in shapes.items())
+        lines.append(f"{kind:<10}{len(members):>4} tensors {sum(p.numel() for _, p in members):>12,} parameters: {listed}")
+    return "\n".join(lines)
+
+
+def _with_adam(
+    groups,
+    *,
+    matrices=None,
+    lr: float,
+    weight_decay: float = 0.0,
+    momentum: float = 0.95,
+    embedding_lr: float = 0.3,
+    head_lr: float = 0.004,
+    scalar_lr: float = 0.015,
+    adam_betas: tuple[float, float] = (0.8, 0.95),
+    adam_eps: float = 1e-10,
+    adam_weight_decay: float = 0.0,
+    process_group=None,
+) -> ChainedOptimizer:
+    """`matrices`(params, lr=…, …) for the matrix group, or Adam at the same `lr` if None; Adam for the other groups."""
+    rates = {"embedding": embedding_lr, "head": head_lr, "scalar": scalar_lr}
+    adam_groups = [{"params": groups[kind], "lr": rate, "kind": kind} for kind, rate in rates.items() if groups[kind]]
+    matrix_group = {"params": groups["matrix"], "lr": lr, "weight_decay": weight_decay, "kind": "matrix"}
+    optimizers = []
+    if matrices is None:
+        adam_groups.insert(0, matrix_group)
+    else:
+        optimizers.append(matrices([matrix_group], momentum=momentum, process_group=process_group))
+    if adam_groups:
+        optimizers.append(Adam(adam_groups, betas=adam_betas, eps=adam_eps, weight_decay=adam_weight_decay,
+                               process_group=process_group))
+    return ChainedOptimizer(*optimizers)
+
+
+OPTIMIZERS = {  # name -> factory(route(model), lr=…, …) -> one optimizer for all parameters
+    "adamw": partial(_with_adam, matrices=None),
+    "muon": partial(_with_adam, matrices=partial(Muon, polar="muon")),
+    "muon-plus": partial(_with_adam, matrices=partial(Muon, polar="muon-plus")),
+    "polar-express": partial(_with_adam, matrices=partial(Muon, polar="polar-express")),
+    "turbo-muon": partial(_with_adam, matrices=partial(Muon, polar="turbo")),
+}
+
+
+def get_optimizer(name: str, groups, **options) -> ChainedOptimizer:
+    """OPTIMIZERS[name](groups, **options), with a ValueError that lists the names when there is none of this name."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}: expected one of {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[name](groups, **options)

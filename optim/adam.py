@@ -1,0 +1,92 @@
+"""Adam with decoupled weight decay for embeddings, heads and scalars: torch's own update, sharded over ranks.
+
+Large parameters are cut into equal flat slices: reduce-scatter the gradient, update this rank's slice, all-gather the
+parameter (the optimizer-state sharding of ZeRO, arXiv 1910.02054). Small or indivisible ones are updated on every rank.
+"""
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from .collectives import Pending, Ranks, reject_unsupported
+from .finite import FiniteCheck, parameter_names
+
+SMALLEST_SHARDED = 1 << 16  # elements; below that a second collective costs more than the whole update
+
+
+class Adam(Optimizer):
+    """AdamW (arXiv 1711.05101) with names and meaning as torch.optim.AdamW; one rank or many.
+
+    Gradients are averaged over `process_group` (None: the default group if torch.distributed runs, else this process
+    alone). `p.grad` is read, never written; parameters without gradient are skipped. A NaN or infinite gradient raises
+    NonFiniteError within a step or so. state_dict() holds this rank's slices.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, process_group=None):
+        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"Adam needs lr, eps, weight_decay >= 0 and betas in [0, 1); got {lr}, {eps}, {weight_decay}, {betas}")
+        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
+        for group in self.param_groups:
+            for name, p in zip(parameter_names(group), group["params"]):
+                reject_unsupported(p, name, "Adam")
+        self.ranks = Ranks(process_group)
+        self.finite = FiniteCheck(self.ranks)
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient; returns closure()'s loss if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.finite.poll(before=self.steps)
+        self.steps += 1
+        reduced = [self._reduce(group) for group in self.param_groups]
+        gathered = [self._update(group, work) for group, work in zip(self.param_groups, reduced)]
+        for pending in (one for group in gathered for one in group):
+            pending.wait()
+        return loss
+
+    def check_finite(self) -> None:
+        """Wait for the verdict on every gradient seen so far; raises NonFiniteError."""
+        self.finite.poll()
+
+    def _is_sharded(self, p: Tensor) -> bool:
+        return self.ranks.size > 1 and p.numel() >= SMALLEST_SHARDED and p.numel() % self.ranks.size == 0 and p.is_contiguous()
+
+    def _reduce(self, group: dict) -> list[tuple[str, Tensor, Pending]]:
+        work = []
+        for name, p in zip(parameter_names(group), group["params"]):
+            if p.grad is None:
+                continue
+            if self._is_sharded(p):
+                pending = self.ranks.reduce_scatter(p.grad.reshape(-1))
+            else:
+                pending = self.ranks.all_reduce(p.grad if self.ranks.size == 1 else p.grad.clone())
+            work.append((name, p, pending))
+        return work
+
+    def _update(self, group: dict, work: list[tuple[str, Tensor, Pending]]) -> list[Pending]:
+        params, grads, means, squares, steps = [], [], [], [], []
+        for _, p, pending in work:
+            grad = pending.wait()
+            if self.ranks.size > 1:
+                grad = grad.div_(self.ranks.size)
+            own = p.view(-1).chunk(self.ranks.size)[self.ranks.rank] if self._is_sharded(p) else p
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["exp_avg"] = torch.zeros_like(own)
+                state["exp_avg_sq"] = torch.zeros_like(own)
+            for column, value in zip((params, grads, means, squares, steps),
+                                     (own, grad, state["exp_avg"], state["exp_avg_sq"], state["step"])):
+                column.append(value)
+        if not params:
+            return []
+        self.finite.push(self.steps, [name for name, _, _ in work], grads, grads[0].device)
+        beta1, beta2 = group["betas"]
+        adamw(params, grads, means, squares, [], steps, fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
+              lr=float(group["lr"]), weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+        return [self.ranks.all_gather(own, output=p.view(-1)) for own, (_, p, _) in zip(params, work) if self._is_sharded(p)]

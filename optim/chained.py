@@ -1,0 +1,42 @@
+"""Several optimizers behind the interface of one."""
+
+from torch.optim import Optimizer
+
+
+class ChainedOptimizer(Optimizer):
+    """Steps each of `optimizers` in turn. `param_groups` is the list of all their groups (the same dicts), so learning-rate
+    schedulers and hand-written schedules work; state_dict() holds one entry per optimizer, in order."""
+
+    def __init__(self, *optimizers: Optimizer):
+        self.optimizers = optimizers
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self, closure=None):
+        loss = None if closure is None else self.optimizers[0].step(closure)
+        for optimizer in self.optimizers[0 if closure is None else 1 :]:
+            optimizer.step()
+        return loss
+
+    def check_finite(self) -> None:
+        """Wait for the verdict on every gradient seen so far; raises NonFiniteError."""
+        for optimizer in self.optimizers:
+            optimizer.check_finite()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        states = state_dict["optimizers"]
+        if len(states) != len(self.optimizers):
+            raise ValueError(f"the checkpoint holds {len(states)} optimizers, this run has {len(self.optimizers)}")
+        for optimizer, state in zip(self.optimizers, states):
+            optimizer.load_state_dict(state)
+        self._share_groups()

@@ -1,0 +1,167 @@
+"""Muon: momentum, orthogonalised. Matrices of one shape are one batch; with many ranks each orthogonalises a slice.
+
+    gradients of one shape ── stack ──> (P, split, n, m) ── reduce-scatter ──> this rank's (P / ranks, split, n, m)
+    momentum: B ← B + (1 − μ)(G − B),  Nesterov: M = G + μ(B − G)
+    O = polar(M) ── all-gather ──> W ← (1 − lr·decay)·W − lr·ratio·O
+
+Keller Jordan, https://kellerjordan.github.io/posts/muon/; the sharding follows the idea of modded-nanogpt's.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .collectives import Ranks, reject_unsupported
+from .finite import FiniteCheck, parameter_names
+from .polar import Polar, get_polar
+
+ADJUST_LR = {  # how the learning rate depends on a matrix's (rows, columns); names as in torch.optim.Muon
+    "original": lambda rows, columns: math.sqrt(max(1, rows / columns)),
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+}
+
+
+class Muon(Optimizer):
+    """Muon for parameters of two or more dimensions; embeddings, heads, scalars belong to Adam (see optim.route).
+
+    A convolution (out, in, kh, kw) is the matrix (out, in·kh·kw). The group option `split=k` treats a parameter as k
+    matrices stacked by rows (a fused QKV projection: 3). Names, order and meaning of the arguments follow
+    torch.optim.Muon where it has them; with polar=Polar(polynomials.MUON, dtype=torch.bfloat16) a step equals its.
+
+    lr            learning rate; the update's spectral norm is about lr times adjust_lr_fn(rows, columns)
+    polar         a name in optim.polar.POLARS or a Polar
+    process_group ranks that share the work; None: the default group if torch.distributed runs, else this process alone.
+                  Gradients are averaged over the ranks here: do not wrap the model in DistributedDataParallel.
+
+    `p.grad` is read, never written; parameters without gradient are skipped (on every rank alike). A NaN or infinite
+    gradient raises NonFiniteError within a step or so; `check_finite()` waits for the last one. state_dict() holds this
+    rank's share of the momentum.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 0.02,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        *,
+        polar: str | Polar = "turbo",
+        adjust_lr_fn: str | None = "original",
+        process_group=None,
+    ):
+        if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
+            raise ValueError(f"Muon needs lr >= 0, weight_decay >= 0, 0 <= momentum < 1; got {lr}, {weight_decay}, {momentum}")
+        if adjust_lr_fn is not None and adjust_lr_fn not in ADJUST_LR:
+            raise ValueError(f"unknown adjust_lr_fn {adjust_lr_fn!r}: expected one of {', '.join(ADJUST_LR)}")
+        defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
+                        adjust_lr_fn=adjust_lr_fn or "original", split=1)
+        super().__init__(params, defaults)
+        self.polar = get_polar(polar)
+        self.ranks = Ranks(process_group)
+        self.finite = FiniteCheck(self.ranks)
+        self.steps = 0
+        self.banks = [bank for group in self.param_groups for bank in self._make_banks(group)]
+
+    def _make_banks(self, group: dict) -> list["Bank"]:
+        by_shape: dict[tuple, Bank] = {}
+        for name, p in zip(parameter_names(group), group["params"]):
+            reject_unsupported(p, name, "Muon")
+            if p.ndim < 2:
+                raise ValueError(f"Muon: {name} has shape {tuple(p.shape)}; vectors and scalars belong to Adam (optim.route)")
+            rows, columns = p.size(0), p[0].numel()
+            if rows % group["split"]:
+                raise ValueError(f"Muon: the {rows} rows of {name} do not divide into split={group['split']} matrices")
+            shape = (group["split"], rows // group["split"], columns)
+            bank = by_shape.setdefault((shape, p.dtype, p.device), Bank(group, shape))
+            bank.names.append(name)
+            bank.params.append(p)
+        return list(by_shape.values())
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient; returns closure()'s loss if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.finite.poll(before=self.steps)
+        self.steps += 1
+        reduced = [(bank, self._reduce(bank)) for bank in self.banks if any(p.grad is not None for p in bank.params)]
+        gathered = [(bank, self._orthogonalise(bank, pending.wait())) for bank, pending in reduced]
+        for bank, pending in gathered:
+            self._apply(bank, pending.wait())
+        return loss
+
+    def check_finite(self) -> None:
+        """Wait for the verdict on every gradient seen so far; raises NonFiniteError."""
+        self.finite.poll()
+
+    def _reduce(self, bank: "Bank"):
+        first = bank.params[0]
+        share = self.ranks.share(len(bank.params))
+        stacked = first.new_zeros(share * self.ranks.size, *bank.shape)
+        slots, grads = [], []
+        for slot, p in zip(stacked, bank.params):
+            if p.grad is not None:
+                if p.grad.is_sparse:
+                    raise ValueError("Muon: sparse gradients are not supported; give this parameter to Adam")
+                slots.append(slot)
+                grads.append(p.grad.reshape(bank.shape))
+        torch._foreach_copy_(slots, grads)
+        return self.ranks.reduce_scatter(stacked)
+
+    def _orthogonalise(self, bank: "Bank", grads: Tensor):
+        """grads: (share, split, n, m), summed over ranks. Momentum and polar factor of this rank's slice, gathered."""
+        if self.ranks.size > 1:
+            grads = grads.div_(self.ranks.size)
+        momentum = self._momentum(bank, grads)
+        mine = range(self.ranks.rank * len(grads), min((self.ranks.rank + 1) * len(grads), len(bank.params)))
+        self.finite.push(self.steps, bank.names, list(grads[: len(mine)].unbind()), grads.device, first=mine.start)
+        asleep = [slot for slot, i in enumerate(mine) if bank.params[i].grad is None]
+        kept = momentum[asleep].clone() if asleep else None
+        mu = bank.group["momentum"]
+        momentum.lerp_(grads, 1 - mu)
+        update = grads.lerp(momentum, mu) if bank.group["nesterov"] else momentum
+        if asleep:
+            momentum[asleep] = kept
+        return self.ranks.all_gather(self.polar(update))
+
+    def _momentum(self, bank: "Bank", grads: Tensor) -> Tensor:
+        """This rank's momentum, (share, split, n, m); state[p]["momentum_buffer"] are views of it."""
+        if bank.momentum is None:
+            bank.momentum = torch.zeros_like(grads)
+            start = self.ranks.rank * len(grads)
+            for slot, p in zip(bank.momentum, bank.params[start : start + len(grads)]):
+                if "momentum_buffer" in self.state[p]:  # loaded from a checkpoint
+                    slot.copy_(self.state[p]["momentum_buffer"].reshape(bank.shape))
+                self.state[p]["momentum_buffer"] = slot.view(p.shape)
+        return bank.momentum
+
+    def _apply(self, bank: "Bank", updates: Tensor) -> None:
+        group = bank.group
+        lr, decay = float(group["lr"]), group["weight_decay"]
+        awake = [(p, u.reshape(p.shape)) for p, u in zip(bank.params, updates.to(bank.params[0].dtype)) if p.grad is not None]
+        params, updates = zip(*awake)
+        torch._foreach_mul_(params, 1 - lr * decay)
+        torch._foreach_add_(params, updates, alpha=-lr * ADJUST_LR[group["adjust_lr_fn"]](*bank.shape[1:]))
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self.banks = [bank for group in self.param_groups for bank in self._make_banks(group)]
+
+
+@dataclass
+class Bank:
+    """The parameters of one group that share a shape: one batch for every operation of a step."""
+
+    group: dict
+    shape: tuple[int, int, int]  # (split, n, m)
+
+    def __post_init__(self):
+        self.names: list[str] = []
+        self.params: list[Tensor] = []
+        self.momentum: Tensor | None = None

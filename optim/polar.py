@@ -1,0 +1,171 @@
+"""Orthogonalise matrices: the polar factor O = U Vᵀ of X = U S Vᵀ, by a few matrix products.
+
+    normalise  ×  polynomials  ×  form of the iteration
+    ---------     -----------     ---------------------
+    frobenius     polynomials.py  newton-schulz: X ← aX + (bA + cA²)X, A = XXᵀ                (n×m work in every step)
+    aol                           gram: iterate on the n×n Gram matrix, touch X only at the end       (cheap if m » n)
+
+X is n×m with n ≤ m; taller matrices are handled transposed. This is eager torch, the reference that runs anywhere.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import polynomials
+from .polynomials import Coefficients
+
+_TINY = 1e-30  # keeps 0/0 at 0; matrices are scaled to a largest entry of about 1 before it is compared with anything
+
+
+@dataclass(frozen=True)
+class Polar:
+    """A way to orthogonalise. Call it on a tensor (…, n, m); it returns the same shape in the iteration's dtype.
+
+    coefficients  (a, b, c) of every step, see polynomials.py
+    normalize     "frobenius": X / ‖X‖_F, as Muon;  "aol": rows scaled by rsqrt(Σ_j |XXᵀ|_ij), as Turbo-Muon
+                  (arXiv 2512.04632); both guarantee ‖X‖₂ ≤ 1
+    form          "newton-schulz", "gram", or "auto": whichever has fewer FLOPs where both are accurate
+    dtype         of storage between products (they accumulate in float32); None: on a GPU float16 after AOL and
+                  bfloat16 otherwise, float32 on a CPU
+    restart       gram form: steps after which Q is applied to X and the Gram matrix computed anew; None: never.
+                  float16 needs it with Frobenius scaling or more than four steps (Dao-AILab's Gram Newton-Schulz)
+    """
+
+    coefficients: Coefficients
+    normalize: str = "frobenius"
+    form: str = "newton-schulz"
+    dtype: torch.dtype | None = None
+    restart: int | None = None
+
+    def __post_init__(self):
+        for field, known in (("normalize", ("frobenius", "aol")), ("form", ("newton-schulz", "gram", "auto"))):
+            if getattr(self, field) not in known:
+                raise ValueError(f"Polar {field}={getattr(self, field)!r}: expected one of {', '.join(known)}")
+        if not self.coefficients or any(len(step) != 3 for step in self.coefficients):
+            raise ValueError(f"Polar coefficients={self.coefficients!r}: expected one (a, b, c) for each step")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.ndim < 2:
+            raise ValueError(f"Polar needs matrices (…, n, m), got shape {tuple(x.shape)}")
+        if x.size(-2) > x.size(-1):
+            return self(x.mT).mT
+        matrices = x.reshape(-1, *x.shape[-2:])
+        dtype = self.dtype or _default_dtype(self.normalize, x.device)
+        matrices = _power_of_two_scaled(matrices)
+        scale = gram = None
+        if self.normalize == "aol":
+            matrices, scale, gram = _aol(matrices, dtype)
+        else:
+            matrices = _frobenius(matrices, dtype)
+        if self._use_gram(x.size(-2), x.size(-1), dtype):
+            result = _gram_form(matrices, self.coefficients, scale, gram, self.restart)
+        else:
+            matrices = matrices if scale is None else (scale * matrices).to(dtype)
+            result = _newton_schulz(matrices, self.coefficients, gram)
+        return result.reshape(x.shape)
+
+    def _use_gram(self, n: int, m: int, dtype: torch.dtype) -> bool:
+        if self.form != "auto":
+            return self.form == "gram"
+        if dtype == torch.bfloat16:  # too few bits for the recursion on R: σ_max reaches 1.9 at a condition of 1e3
+            return False
+        steps = len(self.coefficients)
+        gram_flops = 4 * n * n * m + 2 * n**3 * (steps + (steps - 1) * 3)
+        newton_schulz_flops = steps * (4 * n * n * m + 2 * n**3)
+        return gram_flops < newton_schulz_flops
+
+
+def _default_dtype(normalize: str, device: torch.device) -> torch.dtype:
+    if device.type == "cpu":  # half-precision products are slower than float32 on most CPUs
+        return torch.float32
+    return torch.float16 if normalize == "aol" else torch.bfloat16
+
+
+def _power_of_two_scaled(x: Tensor) -> Tensor:
+    """x (batch, n, m) divided by a power of two so that its largest entry lies in [½, 1): exact, so no bit changes.
+
+    Without it squares of tiny or huge gradients leave float32's range (1e-30 squared is 0).
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    largest = x.abs().amax(dim=(-2, -1), keepdim=True)
+    mantissa, _ = torch.frexp(largest)
+    return torch.where(largest > 0, x / (largest / mantissa), x)
+
+
+def _frobenius(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """X / ‖X‖_F in `dtype`, cast first and divided then, as torch.optim.Muon does (to the bit in bfloat16)."""
+    x = x.to(dtype)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    return x / norm.clamp(min=torch.finfo(dtype).tiny)
+
+
+def _aol(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Almost-orthogonal scaling: unit rows U (batch, n, m), scale t (batch, n, 1), Gram matrix of diag(t) U.
+
+    With row norms r, X = diag(r) U and Γ = UUᵀ, AOL's s_i = (Σ_j r_i r_j |Γ_ij|)^-½ gives t_i = r_i s_i =
+    (r_i / Σ_j |Γ_ij| r_j)^½. Only entries of size at most 1 are stored in `dtype`, so float16 neither over- nor underflows.
+    """
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    unit = (x / norms.clamp(min=_TINY)).to(dtype)
+    gram = _product(unit, unit.mT)
+    scale = (norms / (gram.abs().to(norms.dtype) @ norms).clamp(min=_TINY)).sqrt()
+    return unit, scale, (gram * scale * scale.mT).to(dtype)
+
+
+def _product(a: Tensor, b: Tensor, addend: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
+    """alpha · ab + beta · addend, batched, accumulated in float32 and stored in the dtype of `a`."""
+    if a.dtype == torch.float16 and a.device.type == "cpu":  # torch has only a slow loop for it there
+        addend = None if addend is None else addend.float()
+        return _product(a.float(), b.float(), addend, beta, alpha).half()
+    return a @ b if addend is None else torch.baddbmm(addend, a, b, beta=beta, alpha=alpha)
+
+
+def _newton_schulz(x: Tensor, coefficients: Coefficients, gram: Tensor | None) -> Tensor:
+    """x (batch, n, m) with ‖x‖₂ ≤ 1; gram = x xᵀ if it is known already, else None."""
+    for a, b, c in coefficients:
+        gram = _product(x, x.mT) if gram is None else gram
+        x = _product(_product(gram, gram, gram, beta=b, alpha=c), x, x, beta=a)
+        gram = None
+    return x
+
+
+def _gram_form(
+    x: Tensor, coefficients: Coefficients, scale: Tensor | None, gram: Tensor | None, restart: int | None
+) -> Tensor:
+    """O = Q X with Q and R = p(X)p(X)ᵀ updated on n×n matrices only (Gram Newton-Schulz, Dao-AILab 2026).
+
+    W = aI + bR + cR²:  Q ← QW, R ← WRW. What is orthogonalised is scale · x; the scale goes into Q, so x is only read.
+    """
+    restart = restart or len(coefficients)
+    for first in range(0, len(coefficients), restart):
+        segment = coefficients[first : first + restart]
+        r = _product(x, x.mT) if gram is None else gram
+        q = None
+        for i, (a, b, c) in enumerate(segment):
+            w = _product(r, r, r, beta=b, alpha=c)
+            w.diagonal(dim1=-2, dim2=-1).add_(a)
+            q = w if q is None else _product(q, w)
+            if i + 1 < len(segment):
+                r = _product(_product(w, r), w)
+        x = _product(q if scale is None else (q * scale.mT).to(x.dtype), x)
+        scale = gram = None
+    return x
+
+
+POLARS: dict[str, Polar] = {
+    "muon": Polar(polynomials.MUON),
+    "muon-plus": Polar(polynomials.MUON_PLUS),
+    "polar-express": Polar(polynomials.POLAR_EXPRESS),
+    "turbo": Polar(polynomials.TURBO, normalize="aol", form="auto"),
+}
+
+
+def get_polar(polar: str | Polar, **changes) -> Polar:
+    """A Polar from its name in POLARS (or as given), with fields replaced: get_polar("muon", dtype=torch.float32)."""
+    if isinstance(polar, str):
+        if polar not in POLARS:
+            raise ValueError(f"unknown polar {polar!r}: expected one of {', '.join(POLARS)}, or a Polar(...)")
+        polar = POLARS[polar]
+    return replace(polar, **changes)

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Set up once, then run.
+#
+#   ./run.sh                            the main job at the size that fits this machine:
+#                                       GPUs -> the FineWeb run on all of them; none, or no way to the data -> local text
+#   ./run.sh test [pytest options]      the tests
+#   ./run.sh train_gpt.py --help        any script of this repository, on every GPU there is
+#   ./run.sh python -m data.fineweb 9   any command, inside the environment
+#
+# PYTHON=python3.12 ./run.sh picks the interpreter of a new environment. Works from any directory; safe to call again.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd "$root"
+
+set_up() {
+    local venv="$root/.venv" stamp="$root/.venv/requirements.installed"
+    if [ ! -x "$venv/bin/python" ]; then
+        echo "run.sh: making a virtual environment in .venv"
+        "${PYTHON:-python3}" -m venv "$venv"
+    fi
+    if ! cmp -s requirements.txt "$stamp"; then
+        echo "run.sh: installing requirements.txt"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
+        cp requirements.txt "$stamp"
+    fi
+    export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv"
+}
+
+gpus() {
+    python -c 'import torch; print(torch.cuda.device_count())'
+}
+
+launch() { # SCRIPT [OPTIONS]: one process a GPU, or a plain process without GPUs
+    local count
+    count=$(gpus)
+    if [ "$count" -gt 0 ]; then
+        exec torchrun --standalone --nproc_per_node="$count" "$@"
+    fi
+    exec python "$@"
+}
+
+set_up
+case "${1:-}" in
+    "")
+        if [ "$(gpus)" -gt 0 ]; then
+            if python -m data.fineweb 11; then
+                launch train_gpt.py --preset record
+            fi
+            echo "run.sh: no FineWeb shards (see above): training on the embedded local text instead" >&2
+        fi
+        exec python train_gpt.py --preset local
+        ;;
+    test)
+        shift
+        exec python -m pytest "$@"
+        ;;
+    *.py)
+        launch "$@"
+        ;;
+    *)
+        exec "$@"
+        ;;
+esac

@@ -1,0 +1,521 @@
+"""Train a GPT on a folder of token shards, against the clock, to a target validation loss.
+
+    torchrun --nproc_per_node=8 train_gpt.py          the FineWeb record run (preset `record`)
+    python train_gpt.py --preset wiki                  one GPU, 79M tokens of the wiki benchmark shards
+    python train_gpt.py --preset local                 no GPU, no network: a small byte-level GPT on Python's own sources
+    python train_gpt.py --help                         every setting
+
+Results: not yet measured.
+
+One file, one story: settings, schedules, attention, model, training. The same run on 1, 2, 4 or 8 GPUs sees the same
+batches; fewer GPUs accumulate gradients. Ideas from modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt) are
+credited where they are used.
+"""
+
+import math
+import os
+import sys
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import fineweb, local_text, shards
+from data.shards import DataError, TrainLoader, validation_batches
+from optim import OPTIMIZERS, NonFiniteError, get_optimizer, route, route_table
+from records.log import Record, RecordError, end_on_signal
+from records.settings import SettingsError, option, parse
+
+REPOSITORY = Path(__file__).resolve().parent
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclass
+class Settings:
+    """The defaults are the FineWeb record run; PRESETS holds the others."""
+
+    preset: str = "record"
+    track: str = option("fineweb-3.28", "which leaderboard the record belongs to: its folder under --records")
+    name: str = option("gpt", "what to call this run: letters, digits, '.', '_', '-'")
+    target: float | None = option(3.28, "validation loss to reach, nats per token")
+    records: str = option("records", "folder in which the record is written")
+    seed: int = option(0, "seed of the initial weights and of the order of the data")
+    device: str = option("auto", "auto takes a GPU if there is one", choices=("auto", "cuda", "cpu"))
+    dtype: str = option("bfloat16", "of activations; weights stay float32", choices=("bfloat16", "float32"))
+    compile: bool = option(True, "torch.compile")
+    # data
+    data: str = option("data/fineweb10B", "folder of token shards")
+    source: str = option("fineweb", "what fills a missing --data folder", choices=("fineweb", "local", "none"))
+    vocab_size: int = option(50257, "of the tokenizer; its last id starts every document")
+    sequence_length: int = option(16384, "tokens in a sequence: a stretch of whole documents, the last one cut")
+    max_document: int = option(2048, "longer documents are cut into pieces of this many tokens")
+    val_tokens: int = option(10485760, "validation runs on the first so many tokens of the val shards")
+    val_every: int = option(125, "steps between validations; the last step always validates")
+    # model
+    layers: int = option(12, "transformer blocks")
+    heads: int = option(6, "attention heads")
+    width: int = option(768, "residual stream; 4 × width in the MLPs")
+    value_embeddings: int = option(3, "tables of embeddings added to the values of the first and last so many blocks")
+    softcap: float = option(15.0, "logits are bounded to ± this")
+    window: int = option(1792, "tokens that attention looks back over at the end of training; half of it in most blocks")
+    # training
+    steps: int = option(1600, "optimizer steps")
+    batch_tokens: int = option(524288, "tokens in a step, over all GPUs")
+    device_batch_tokens: int = option(65536, "tokens a GPU takes through the model at once; lower it if memory runs out")
+    optimizer: str = option("turbo-muon", "for the matrices; Adam takes the rest", choices=tuple(OPTIMIZERS))
+    lr: float = option(0.05, "of the matrices")
+    weight_decay: float = option(0.0, "of the matrices, decoupled: times lr in each step")
+    momentum: float = option(0.95, "of the matrices, reached after --momentum-warmup steps from 0.85")
+    momentum_warmup: int = option(300, "steps")
+    embedding_lr: float = option(0.3, "Adam, for token and value embeddings")
+    head_lr: float = option(0.008, "Adam, for the output head")
+    scalar_lr: float = option(0.015, "Adam, for the mixing weights of blocks")
+    cooldown: float = option(0.5, "the learning rates fall linearly over this last fraction of training")
+    final_lr: float = option(0.05, "fraction of the learning rates that is left at the last step")
+
+    def __post_init__(self):
+        sequences = self.batch_tokens // max(self.sequence_length, 1)
+        if self.batch_tokens != sequences * self.sequence_length or sequences < 1:
+            raise SettingsError(f"--batch-tokens {self.batch_tokens} must be a multiple of --sequence-length {self.sequence_length}")
+        if self.device_batch_tokens < self.sequence_length:
+            raise SettingsError(f"--device-batch-tokens {self.device_batch_tokens} is less than one sequence: "
+                                f"at least --sequence-length {self.sequence_length}")
+        if self.width % (4 * self.heads):
+            raise SettingsError(f"--width {self.width} must be a multiple of 4 × --heads {self.heads} (rotary pairs)")
+        if not 0 <= 2 * self.value_embeddings <= self.layers:
+            raise SettingsError(f"--value-embeddings {self.value_embeddings} needs at least twice as many --layers, not {self.layers}")
+        if self.steps < 1 or self.val_every < 1 or self.window < 2:
+            raise SettingsError(f"--steps {self.steps}, --val-every {self.val_every} must be at least 1, --window {self.window} at least 2")
+
+    def passes(self, world_size: int) -> int:
+        """Forward and backward passes that each of `world_size` GPUs makes for one step."""
+        sequences = self.batch_tokens // self.sequence_length
+        if sequences % world_size:
+            raise SettingsError(f"{sequences} sequences in a batch do not divide by {world_size} processes: change "
+                                f"--nproc_per_node or --batch-tokens (a multiple of {world_size * self.sequence_length})")
+        share = sequences // world_size
+        at_once = min(share, self.device_batch_tokens // self.sequence_length)
+        return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= at_once)
+
+
+PRESETS = {
+    "record": {},  # 8 GPUs, FineWeb to 3.28: not yet measured
+    "wiki": dict(track="wiki-3.324", target=3.324, data="data/wiki", source="none", val_tokens=2097152, steps=600,
+                 batch_tokens=131072, val_every=100),
+    "local": dict(track="text-local", target=None, data="data/local", source="local", vocab_size=257, dtype="float32",
+                  compile=False, sequence_length=1024, max_document=1024, val_tokens=65536, val_every=75, layers=4,
+                  heads=4, width=128, value_embeddings=2, window=128, steps=450, batch_tokens=2048,
+                  device_batch_tokens=4096, momentum_warmup=50, lr=0.03, head_lr=0.004),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules: plain functions of the step
+
+
+def lr_scale(step: int, s: Settings) -> float:
+    """Fraction of the learning rates at `step` (0 is the first): constant, then linear down to final_lr."""
+    left = (s.steps - step) / s.steps
+    return 1.0 if left >= s.cooldown else s.final_lr + (1 - s.final_lr) * left / s.cooldown
+
+
+def momentum_at(step: int, s: Settings) -> float:
+    """Muon's momentum: 0.85 at first, when gradients turn fast, then `momentum`."""
+    reached = min(1.0, step / s.momentum_warmup) if s.momentum_warmup else 1.0
+    return (1 - reached) * min(0.85, s.momentum) + reached * s.momentum
+
+
+def window_at(step: int, s: Settings) -> int:
+    """Tokens that the widest attention looks back over: grows linearly from 1/8 to `window`, in eighths.
+
+    Short windows first cost less and lose nothing while the model learns short contexts (modded-nanogpt).
+    """
+    eighth = max(1, -(-8 * (step + 1) // s.steps))
+    return max(2, s.window * eighth // 8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention over a stream of documents: causal, within a document, within a window
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_document: int, window: int, scale: float) -> Tensor:
+    """q, k, v and result (tokens, heads, head_dim). Token i sees j with i − window < j ≤ i in its own document.
+
+    cu_seqlens (documents + 1,) int32: where documents begin, and the end. Half precision on a GPU takes torch's varlen
+    FlashAttention; everything else `blockwise_attention`, which computes the same.
+    """
+    if q.is_cuda and q.dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_document, max_document, scale=scale, window_size=(window - 1, 0))
+    return blockwise_attention(q, k, v, cu_seqlens, window, scale)
+
+
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, scale: float) -> Tensor:
+    """As `attention`, in dense torch: blocks of `window` queries see the keys of their own and the previous block."""
+    tokens, heads, head_dim = q.shape
+    blocks = -(-tokens // window)
+    document = torch.searchsorted(cu_seqlens, torch.arange(tokens, device=q.device, dtype=cu_seqlens.dtype), right=True)
+    document = F.pad(document, (0, blocks * window - tokens), value=-1).view(blocks, window)
+
+    def in_blocks(x: Tensor) -> Tensor:  # (blocks, heads, window, head_dim)
+        return F.pad(x, (0, 0, 0, 0, 0, blocks * window - tokens)).view(blocks, window, heads, head_dim).transpose(1, 2)
+
+    def with_previous(x: Tensor, dim: int) -> Tensor:
+        return torch.cat([torch.roll(x, 1, dims=0), x], dim=dim)
+
+    place = torch.arange(2 * window, device=q.device)
+    distance = place[window:, None] - place[None, :]  # (window, 2 window) from query to key
+    mask = (distance >= 0) & (distance < window) & (document[:, :, None] == with_previous(document, 1)[:, None, :])
+    mask[0, :, :window] = False  # the first block has no previous one
+    mask |= distance == 0  # padding sees itself, so that no softmax is empty
+    k, v = with_previous(in_blocks(k), 2), with_previous(in_blocks(v), 2)
+    y = F.scaled_dot_product_attention(in_blocks(q), k, v, attn_mask=mask[:, None], scale=scale)
+    return y.transpose(1, 2).reshape(blocks * window, heads, head_dim)[:tokens]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """No bias; float32 weight, product in the dtype of the input. Uniform with a standard deviation of ½ / √inputs."""
+
+    def __init__(self, inputs: int, outputs: int, zero: bool = False):
+        self.zero = zero
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self):
+        bound = 0.0 if self.zero else 0.5 * (3 / self.in_features) ** 0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (arXiv 2104.09864); the slow half of the frequencies is 0, which leaves those
+    dimensions free of position (modded-nanogpt)."""
+
+    def __init__(self, head_dim: int, sequence_length: int):
+        super().__init__()
+        turning = head_dim // 4
+        frequency = torch.cat([(1 / 1024) ** torch.linspace(0, 1, turning), torch.zeros(head_dim // 2 - turning)])
+        angle = torch.outer(torch.arange(sequence_length, dtype=torch.float32), frequency)
+        self.register_buffer("cos", angle.cos()[None, :, None, :], persistent=False)  # (1, length, 1, head_dim / 2)
+        self.register_buffer("sin", angle.sin()[None, :, None, :], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (sequences · length, heads, head_dim)
+        first, second = x.float().view(-1, self.cos.size(1), *x.shape[1:]).chunk(2, dim=-1)
+        turned = (first * self.cos + second * self.sin, second * self.cos - first * self.sin)
+        return torch.cat(turned, dim=-1).view(x.shape).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, s: Settings, rotary: Rotary, value_embedding: bool):
+        super().__init__()
+        self.heads, self.max_document, self.rotary = s.heads, s.max_document, rotary
+        self.q, self.k, self.v = (Linear(s.width, s.width) for _ in range(3))
+        self.o = Linear(s.width, s.width, zero=True)
+        self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if value_embedding else None
+
+    def forward(self, x: Tensor, value: Tensor | None, cu_seqlens: Tensor, window: int) -> Tensor:
+        weight = torch.cat([self.q.weight, self.k.weight, self.v.weight]).to(x.dtype)  # one product instead of three
+        q, k, v = F.linear(x, weight).view(x.size(0), 3, self.heads, -1).unbind(1)  # (tokens, heads, head_dim)
+        q, k = self.rotary(norm(q)), self.rotary(norm(k))
+        if value is not None:
+            mix = self.value_mix.to(x.dtype)
+            v = mix[0] * v + mix[1] * value.view_as(v)
+        y = attention(q, k, v.contiguous(), cu_seqlens, self.max_document, window, scale=0.12)  # of unit-norm q and k
+        return self.o(y.reshape(x.shape))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.up, self.down = Linear(width, 4 * width), Linear(4 * width, width, zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)).square())  # ReLU², arXiv 2109.08668
+
+
+class Block(nn.Module):
+    """x: residual stream; x0: the embedding it began with; skip: the stream at the mirrored block of the first half."""
+
+    def __init__(self, s: Settings, rotary: Rotary, value_embedding: bool, skip: bool):
+        super().__init__()
+        self.attention, self.mlp = Attention(s, rotary, value_embedding), MLP(s.width)
+        self.embedding_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
+        self.skip_weight = nn.Parameter(torch.tensor([1.0])) if skip else None
+
+    def forward(self, x: Tensor, x0: Tensor, skip: Tensor | None, value: Tensor | None, cu_seqlens: Tensor, window: int):
+        if skip is not None:
+            x = x + self.skip_weight.to(x.dtype) * skip
+        mix = self.embedding_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        x = x + self.attention(norm(x), value, cu_seqlens, window)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer: rotary, QK-norm, ReLU², U-net skips between mirrored blocks, value embeddings shared by
+    the first and the last blocks, untied head with vocabulary padded to 128, softcapped logits (modded-nanogpt)."""
+
+    def __init__(self, s: Settings):
+        super().__init__()
+        padded = -(-s.vocab_size // 128) * 128
+        self.dtype, self.softcap, self.compiled = getattr(torch, s.dtype), s.softcap, False
+        rotary = Rotary(s.width // s.heads, s.sequence_length)
+        self.tokens = nn.Embedding(padded, s.width)
+        self.values = nn.ModuleList(nn.Embedding(padded, s.width) for _ in range(s.value_embeddings))
+        self.value_of = {i: i for i in range(s.value_embeddings)}
+        self.value_of |= {s.layers - s.value_embeddings + i: i for i in range(s.value_embeddings)}
+        self.skip_from = {s.layers - 1 - i: i for i in range(s.layers // 2)}  # block of the second half -> its mirror
+        self.blocks = nn.ModuleList(Block(s, rotary, i in self.value_of, i in self.skip_from) for i in range(s.layers))
+        self.head = Linear(s.width, padded, zero=True)
+
+    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, window: int) -> Tensor:
+        """Mean cross entropy, nats per token. tokens, targets (sequences, length) int64; see `attention` for the rest."""
+        if self.compiled:
+            torch._dynamo.mark_dynamic(cu_seqlens, 0)  # batches differ in their number of documents
+        x0, values = self.embed(tokens.flatten())
+        x, streams = x0, []
+        for i, block in enumerate(self.blocks):
+            skip = streams[self.skip_from[i]] if i in self.skip_from else None
+            value = values[self.value_of[i]] if i in self.value_of else None
+            x = block(x, x0, skip, value, cu_seqlens, window if i % 4 == 3 else window // 2)
+            streams.append(x)
+        return self.loss(x, targets.flatten())
+
+    def embed(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return norm(self.tokens(tokens).to(self.dtype)), [table(tokens).to(self.dtype) for table in self.values]
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy of softcapped logits. They are bounded, so exp cannot overflow and no pass for the maximum is
+        needed: one read of the logits forward, one backward."""
+        logits = self.head(norm(x)).float()
+        logits = self.softcap * (2 * torch.sigmoid(2 / self.softcap * logits) - 1)  # = softcap · tanh(logits / softcap)
+        return (logits.exp().sum(-1).log() - logits.gather(1, targets[:, None])[:, 0]).mean()
+
+    def compile_parts(self) -> None:
+        """torch.compile by parts: blocks of one kind share a graph, so compiling takes seconds and not minutes."""
+        torch._dynamo.config.recompile_limit = 64  # kinds of block × training or validation × fixed or symbolic window
+        self.compiled = True
+        self.embed, self.loss = torch.compile(self.embed), torch.compile(self.loss)
+        for block in self.blocks:
+            block.compile(fullgraph=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+class Clock:
+    """Seconds of training: runs between start() and stop(), both after the device has finished its work."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self.began = device, 0.0, None
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def start(self) -> None:
+        self.began = self._now()
+
+    def stop(self) -> float:
+        self.seconds, self.began = self.seconds + self._now() - self.began, None
+        return self.seconds
+
+    def running(self) -> float:
+        """An estimate that does not wait for the device."""
+        return self.seconds + time.perf_counter() - self.began
+
+
+@contextmanager
+def process_group(device: torch.device):
+    """torch.distributed for the processes that torchrun started; (rank, world size), (0, 1) without torchrun."""
+    if "RANK" not in os.environ:
+        yield 0, 1
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(s: Settings) -> torch.device:
+    if s.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device cuda, but torch finds no GPU: check the driver with nvidia-smi, or use --device cpu")
+    if s.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise SettingsError(f"process {local_rank} has no GPU of its own: start at most --nproc_per_node={torch.cuda.device_count()}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def open_data(s: Settings, rank: int, world_size: int):
+    """The training stream and this rank's validation batches; fills the folder first if `source` says how."""
+    train_shards = min(103, 1 + s.steps * s.batch_tokens // 80_000_000)  # 100M tokens each, of which whole sequences use some 88 %
+    hint = {"fineweb": fineweb.command(s.data, train_shards), "local": f"python -m data.local_text {s.data}",
+            "none": f"python -m data.tokenize_text TEXTS {s.data}"}[s.source]
+    if s.source == "fineweb":
+        fineweb.ensure(s.data, train_shards)
+    elif s.source == "local":
+        local_text.ensure(s.data)
+    shared = dict(sequence_length=s.sequence_length, max_document=s.max_document, vocab_size=s.vocab_size, rank=rank,
+                  world_size=world_size, hint=hint)
+    loader = TrainLoader(s.data, seed=s.seed, **shared)
+    loader.require(s.steps * s.batch_tokens // s.sequence_length)
+    validation = validation_batches(s.data, tokens=s.val_tokens, **shared,
+                                    sequences_per_pass=s.device_batch_tokens // s.sequence_length)
+    return loader, validation
+
+
+def make_optimizer(s: Settings, model: GPT):
+    return get_optimizer(s.optimizer, route(model), lr=s.lr, weight_decay=s.weight_decay, momentum=s.momentum,
+                         embedding_lr=s.embedding_lr, head_lr=s.head_lr, scalar_lr=s.scalar_lr)
+
+
+def set_schedule(optimizer, step: int, s: Settings) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * lr_scale(step, s)
+        if "momentum" in group:
+            group["momentum"] = momentum_at(step, s)
+
+
+def train_step(model: GPT, optimizer, batches, passes: int, window: int, device: torch.device) -> None:
+    for _ in range(passes):
+        batch = next(batches).to(device)
+        (model(batch.tokens, batch.targets, batch.cu_seqlens, window) / passes).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def validate(model: GPT, batches, window: int, device: torch.device, world_size: int) -> float:
+    """Mean loss over the validation tokens of all ranks."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in batches:
+        batch = batch.to(device)
+        total += model(batch.tokens, batch.targets, batch.cu_seqlens, window)
+    total /= len(batches)
+    if world_size > 1:
+        dist.all_reduce(total)
+    return total.item() / world_size
+
+
+def warm_up(s: Settings, model: GPT, loader: TrainLoader, validation, passes: int, device, world_size: int) -> None:
+    """Compile and load everything the run will need, on weights that are put back exactly afterwards."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = make_optimizer(s, model)
+    sequences = s.batch_tokens // s.sequence_length
+    windows = (window_at(0, s), window_at(s.steps - 1, s))  # a second value makes the window symbolic in the graphs
+    for window in windows:
+        batches = (loader.batch(0, sequences, part, passes) for part in range(passes))
+        train_step(model, optimizer, batches, passes, window, device)
+        validate(model, validation[:1], window, device, world_size)
+    model.load_state_dict(before)
+
+
+def train(s: Settings, device: torch.device, rank: int, world_size: int, started: list[Record]) -> None:
+    passes = s.passes(world_size)
+    loader, validation = open_data(s, rank, world_size)
+    record = Record(s.records, track=s.track, name=s.name, target=s.target, steps=s.steps, seed=s.seed, config=asdict(s),
+                    script=Path(__file__), repository=REPOSITORY, device=str(device), enabled=rank == 0)
+    started.append(record)
+    if rank == 0:
+        files = loader.files_used + shards.shard_paths(s.data, "val")[:1]
+        record.data({path.name: shards.sha256(path) for path in files})
+
+    torch.manual_seed(s.seed)
+    with torch.device(device):
+        model = GPT(s)
+    record.line(route_table(route(model)))
+    record.line(f"seed {s.seed}, {world_size} process{'es' * (world_size > 1)} on {device.type}, "
+                f"{passes} pass{'es' * (passes > 1)} of {s.batch_tokens // passes // world_size} tokens a step")
+    if s.compile:
+        model.compile_parts()
+    began = time.perf_counter()
+    warm_up(s, model, loader, validation, passes, device, world_size)
+    record.line(f"compiled and warmed up in {time.perf_counter() - began:.1f} s")
+
+    optimizer = make_optimizer(s, model)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    sequences = s.batch_tokens // s.sequence_length
+    batches = loader.prefetch(((step * sequences, sequences, part, passes) for step in range(s.steps) for part in range(passes)),
+                              pin=device.type == "cuda")
+    clock = Clock(device)
+    clock.start()
+    for step in range(s.steps + 1):
+        if step % s.val_every == 0 or step == s.steps:
+            seconds = clock.stop()
+            optimizer.check_finite()
+            loss = validate(model, validation, window_at(min(step, s.steps - 1), s), device, world_size)
+            record.validation(step, loss, seconds, step * s.batch_tokens)
+            if not math.isfinite(loss):
+                raise NonFiniteError(f"step {step}: the validation loss is {loss}; a lower --lr or --embedding-lr helps")
+            clock.start()
+        if step == s.steps:
+            break
+        set_schedule(optimizer, step, s)
+        train_step(model, optimizer, batches, passes, window_at(step, s), device)
+        record.progress(step + 1, clock.running())
+
+    extra = {"optimizer": s.optimizer}
+    if s.source == "local" and rank == 0:
+        extra["bigram loss"] = bigram_loss(s, loader)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    record.finish(peak_memory_bytes=peak, extra=extra)
+
+
+def bigram_loss(s: Settings, loader: TrainLoader) -> float:
+    """Loss of a byte-bigram model of the whole training text on the same validation tokens: what a GPT must beat."""
+    text = [shards.open_shard(path, s.vocab_size) for path in shards.shard_paths(s.data, "train")]
+    val = shards.open_shard(shards.shard_paths(s.data, "val")[0], s.vocab_size)[: s.val_tokens + 1]
+    return local_text.bigram_loss(torch.cat([torch.from_numpy(t.astype("int64")) for t in text]).numpy(), val, s.vocab_size)
+
+
+def main(argv: list[str] | None = None) -> None:
+    s = parse(Settings, sys.argv[1:] if argv is None else argv, presets=PRESETS, program="train_gpt.py",
+              description=__doc__.split("\n")[0], default_preset="record" if torch.cuda.is_available() else "local")
+    started: list[Record] = []  # the record, once there is one
+    rank = int(os.environ.get("RANK", "0"))
+    end_on_signal((lambda: f"interrupted; what was measured so far: {started[0].folder if started else 'nothing'}")
+                  if rank == 0 else None)
+    try:
+        device = pick_device(s)
+        with process_group(device) as (rank, world_size):
+            train(s, device, rank, world_size, started)
+        return
+    except torch.OutOfMemoryError:
+        message = f"out of GPU memory: lower --device-batch-tokens (now {s.device_batch_tokens})"
+    except (DataError, SettingsError, RecordError, NonFiniteError) as error:
+        message = str(error)
+    if started and rank == 0:
+        with suppress(RecordError):  # a full disk is what may have ended the run
+            started[0].fail("failed", message)
+    if rank == 0:
+        print(f"train_gpt.py: {message}", file=sys.stderr)
+    else:
+        time.sleep(3)  # torchrun ends all ranks when the first one ends: let rank 0 speak
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
