@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 train_gpt.py          the FineWeb record run (preset `record`)
     python train_gpt.py --preset wiki                  one GPU, 79M tokens of the wiki benchmark shards
-    python train_gpt.py --preset local                 no GPU, no network: a small byte-level GPT on Python's own sources
+    python train_gpt.py --preset local                 no GPU, no network: a small byte-level GPT on Python's sources
     python train_gpt.py --help                         every setting
 
 Results: not yet measured.
@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -64,11 +65,11 @@ class Settings:
     width: int = option(768, "residual stream; 4 × width in the MLPs")
     value_embeddings: int = option(3, "tables of embeddings added to the values of the first and last so many blocks")
     softcap: float = option(15.0, "logits are bounded to ± this")
-    window: int = option(1792, "tokens that attention looks back over at the end of training; half of it in most blocks")
+    window: int = option(1792, "tokens that attention looks back over in the end; half of it in most blocks")
     # training
     steps: int = option(1600, "optimizer steps")
     batch_tokens: int = option(524288, "tokens in a step, over all GPUs")
-    device_batch_tokens: int = option(65536, "tokens a GPU takes through the model at once; lower it if memory runs out")
+    device_batch_tokens: int = option(65536, "tokens in the model at once on a GPU; lower it if memory runs out")
     optimizer: str = option("turbo-muon", "for the matrices; Adam takes the rest", choices=tuple(OPTIMIZERS))
     lr: float = option(0.05, "of the matrices")
     weight_decay: float = option(0.0, "of the matrices, decoupled: times lr in each step")
@@ -83,23 +84,27 @@ class Settings:
     def __post_init__(self):
         sequences = self.batch_tokens // max(self.sequence_length, 1)
         if self.batch_tokens != sequences * self.sequence_length or sequences < 1:
-            raise SettingsError(f"--batch-tokens {self.batch_tokens} must be a multiple of --sequence-length {self.sequence_length}")
+            raise SettingsError(f"--batch-tokens {self.batch_tokens} must be a multiple of "
+                                f"--sequence-length {self.sequence_length}")
         if self.device_batch_tokens < self.sequence_length:
             raise SettingsError(f"--device-batch-tokens {self.device_batch_tokens} is less than one sequence: "
                                 f"at least --sequence-length {self.sequence_length}")
         if self.width % (4 * self.heads):
             raise SettingsError(f"--width {self.width} must be a multiple of 4 × --heads {self.heads} (rotary pairs)")
         if not 0 <= 2 * self.value_embeddings <= self.layers:
-            raise SettingsError(f"--value-embeddings {self.value_embeddings} needs at least twice as many --layers, not {self.layers}")
+            raise SettingsError(f"--value-embeddings {self.value_embeddings} needs at least twice as many --layers, "
+                                f"not {self.layers}")
         if self.steps < 1 or self.val_every < 1 or self.window < 2:
-            raise SettingsError(f"--steps {self.steps}, --val-every {self.val_every} must be at least 1, --window {self.window} at least 2")
+            raise SettingsError(f"--steps {self.steps} and --val-every {self.val_every} must be at least 1, "
+                                f"--window {self.window} at least 2")
 
     def passes(self, world_size: int) -> int:
         """Forward and backward passes that each of `world_size` GPUs makes for one step."""
         sequences = self.batch_tokens // self.sequence_length
         if sequences % world_size:
             raise SettingsError(f"{sequences} sequences in a batch do not divide by {world_size} processes: change "
-                                f"--nproc_per_node or --batch-tokens (a multiple of {world_size * self.sequence_length})")
+                                f"--nproc_per_node, or --batch-tokens to a multiple of "
+                                f"{world_size * self.sequence_length}")
         share = sequences // world_size
         at_once = min(share, self.device_batch_tokens // self.sequence_length)
         return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= at_once)
@@ -144,7 +149,7 @@ def window_at(step: int, s: Settings) -> int:
 # Attention over a stream of documents: causal, within a document, within a window
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_document: int, window: int, scale: float) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_document: int, window: int, scale: float):
     """q, k, v and result (tokens, heads, head_dim). Token i sees j with i − window < j ≤ i in its own document.
 
     cu_seqlens (documents + 1,) int32: where documents begin, and the end. Half precision on a GPU takes torch's varlen
@@ -153,7 +158,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_document:
     if q.is_cuda and q.dtype != torch.float32:
         from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_document, max_document, scale=scale, window_size=(window - 1, 0))
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_document, max_document, scale=scale,
+                           window_size=(window - 1, 0))
     return blockwise_attention(q, k, v, cu_seqlens, window, scale)
 
 
@@ -258,7 +264,8 @@ class Block(nn.Module):
         self.embedding_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
         self.skip_weight = nn.Parameter(torch.tensor([1.0])) if skip else None
 
-    def forward(self, x: Tensor, x0: Tensor, skip: Tensor | None, value: Tensor | None, cu_seqlens: Tensor, window: int):
+    def forward(self, x: Tensor, x0: Tensor, skip: Tensor | None, value: Tensor | None, cu_seqlens: Tensor,
+                window: int) -> Tensor:
         if skip is not None:
             x = x + self.skip_weight.to(x.dtype) * skip
         mix = self.embedding_mix.to(x.dtype)
@@ -280,12 +287,12 @@ class GPT(nn.Module):
         self.values = nn.ModuleList(nn.Embedding(padded, s.width) for _ in range(s.value_embeddings))
         self.value_of = {i: i for i in range(s.value_embeddings)}
         self.value_of |= {s.layers - s.value_embeddings + i: i for i in range(s.value_embeddings)}
-        self.skip_from = {s.layers - 1 - i: i for i in range(s.layers // 2)}  # block of the second half -> its mirror
+        self.skip_from = {s.layers - 1 - i: i for i in range(s.layers // 2)}  # block of the second half: its mirror
         self.blocks = nn.ModuleList(Block(s, rotary, i in self.value_of, i in self.skip_from) for i in range(s.layers))
         self.head = Linear(s.width, padded, zero=True)
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, window: int) -> Tensor:
-        """Mean cross entropy, nats per token. tokens, targets (sequences, length) int64; see `attention` for the rest."""
+        """Mean cross entropy, nats per token. tokens, targets (sequences, length) int64; the rest as in `attention`."""
         if self.compiled:
             torch._dynamo.mark_dynamic(cu_seqlens, 0)  # batches differ in their number of documents
         x0, values = self.embed(tokens.flatten())
@@ -349,7 +356,8 @@ def process_group(device: torch.device):
     if "RANK" not in os.environ:
         yield 0, 1
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:
@@ -358,19 +366,20 @@ def process_group(device: torch.device):
 
 def pick_device(s: Settings) -> torch.device:
     if s.device == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("--device cuda, but torch finds no GPU: check the driver with nvidia-smi, or use --device cpu")
+        raise SettingsError("--device cuda, but torch finds no GPU: look at nvidia-smi, or use --device cpu")
     if s.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
-        raise SettingsError(f"process {local_rank} has no GPU of its own: start at most --nproc_per_node={torch.cuda.device_count()}")
+        raise SettingsError(f"process {local_rank} has no GPU of its own: start at most "
+                            f"--nproc_per_node={torch.cuda.device_count()}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
 def open_data(s: Settings, rank: int, world_size: int):
     """The training stream and this rank's validation batches; fills the folder first if `source` says how."""
-    train_shards = min(103, 1 + s.steps * s.batch_tokens // 80_000_000)  # 100M tokens each, of which whole sequences use some 88 %
+    train_shards = min(103, 1 + s.steps * s.batch_tokens // 80_000_000)  # of 100M tokens; sequences use about 88 %
     hint = {"fineweb": fineweb.command(s.data, train_shards), "local": f"python -m data.local_text {s.data}",
             "none": f"python -m data.tokenize_text TEXTS {s.data}"}[s.source]
     if s.source == "fineweb":
@@ -435,8 +444,9 @@ def warm_up(s: Settings, model: GPT, loader: TrainLoader, validation, passes: in
 def train(s: Settings, device: torch.device, rank: int, world_size: int, started: list[Record]) -> None:
     passes = s.passes(world_size)
     loader, validation = open_data(s, rank, world_size)
-    record = Record(s.records, track=s.track, name=s.name, target=s.target, steps=s.steps, seed=s.seed, config=asdict(s),
-                    script=Path(__file__), repository=REPOSITORY, device=str(device), enabled=rank == 0)
+    record = Record(s.records, track=s.track, name=s.name, target=s.target, steps=s.steps, seed=s.seed,
+                    config=asdict(s), script=Path(__file__), repository=REPOSITORY, device=str(device),
+                    enabled=rank == 0)
     started.append(record)
     if rank == 0:
         files = loader.files_used + shards.shard_paths(s.data, "val")[:1]
@@ -458,8 +468,8 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     sequences = s.batch_tokens // s.sequence_length
-    batches = loader.prefetch(((step * sequences, sequences, part, passes) for step in range(s.steps) for part in range(passes)),
-                              pin=device.type == "cuda")
+    requests = ((step * sequences, sequences, part, passes) for step in range(s.steps) for part in range(passes))
+    batches = loader.prefetch(requests, pin=device.type == "cuda")
     clock = Clock(device)
     clock.start()
     for step in range(s.steps + 1):
@@ -469,7 +479,7 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
             loss = validate(model, validation, window_at(min(step, s.steps - 1), s), device, world_size)
             record.validation(step, loss, seconds, step * s.batch_tokens)
             if not math.isfinite(loss):
-                raise NonFiniteError(f"step {step}: the validation loss is {loss}; a lower --lr or --embedding-lr helps")
+                raise NonFiniteError(f"step {step}: the validation loss is {loss}; lower --lr or --embedding-lr")
             clock.start()
         if step == s.steps:
             break
@@ -479,16 +489,16 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
 
     extra = {"optimizer": s.optimizer}
     if s.source == "local" and rank == 0:
-        extra["bigram loss"] = bigram_loss(s, loader)
+        extra["bigram loss"] = bigram_loss(s)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     record.finish(peak_memory_bytes=peak, extra=extra)
 
 
-def bigram_loss(s: Settings, loader: TrainLoader) -> float:
+def bigram_loss(s: Settings) -> float:
     """Loss of a byte-bigram model of the whole training text on the same validation tokens: what a GPT must beat."""
-    text = [shards.open_shard(path, s.vocab_size) for path in shards.shard_paths(s.data, "train")]
+    text = np.concatenate([shards.open_shard(path, s.vocab_size) for path in shards.shard_paths(s.data, "train")])
     val = shards.open_shard(shards.shard_paths(s.data, "val")[0], s.vocab_size)[: s.val_tokens + 1]
-    return local_text.bigram_loss(torch.cat([torch.from_numpy(t.astype("int64")) for t in text]).numpy(), val, s.vocab_size)
+    return local_text.bigram_loss(text, val, s.vocab_size)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,12 +18,12 @@ from .polar import POLARS, Polar, get_polar
 __all__ = ["Adam", "ChainedOptimizer", "Muon", "NonFiniteError", "OPTIMIZERS", "POLARS", "Polar", "get_optimizer",
            "get_polar", "route", "route_table"]
 
-HEADS = ("head", "lm_head", "classifier")  # last modules whose weight maps to classes; their rows are not a hidden layer
+HEADS = ("head", "lm_head", "classifier")  # modules that map to classes, whose weight is not a hidden layer's
 KINDS = ("matrix", "embedding", "head", "scalar")
 
 
 def route(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Sort the trainable parameters of `model` into {"matrix", "embedding", "head", "scalar"}: lists of (name, parameter).
+    """Sort the trainable parameters of `model`: "matrix", "embedding", "head", "scalar" -> list of (name, parameter).
 
     Embeddings are the weights of nn.Embedding; heads are modules named head, lm_head or classifier; of the rest, what
     has two or more dimensions is a matrix (convolutions too) and what has fewer a scalar. Every trainable parameter is
@@ -58,7 +58,8 @@ def route_table(groups: dict[str, list[tuple[str, nn.Parameter]]]) -> str:
             shape = "×".join(map(str, p.shape)) or "scalar"
             shapes[shape] = shapes.get(shape, 0) + 1
         listed = ", ".join(f"{count} of {shape}" for shape, count in shapes.items())
-        lines.append(f"{kind:<10}{len(members):>4} tensors {sum(p.numel() for _, p in members):>12,} parameters: {listed}")
+        parameters = sum(p.numel() for _, p in members)
+        lines.append(f"{kind:<10}{len(members):>4} tensors {parameters:>12,} parameters: {listed}")
     return "\n".join(lines)
 
 
@@ -98,6 +99,7 @@ OPTIMIZERS = {  # name -> factory(route(model), lr=…, …) -> one optimizer fo
     "muon-plus": partial(_with_adam, matrices=partial(Muon, polar="muon-plus")),
     "polar-express": partial(_with_adam, matrices=partial(Muon, polar="polar-express")),
     "turbo-muon": partial(_with_adam, matrices=partial(Muon, polar="turbo")),
+    "turbo-muon-published": partial(_with_adam, matrices=partial(Muon, polar="turbo-published")),
 }
 
 

@@ -25,7 +25,8 @@ class Adam(Optimizer):
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, process_group=None):
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"Adam needs lr, eps, weight_decay >= 0 and betas in [0, 1); got {lr}, {eps}, {weight_decay}, {betas}")
+            raise ValueError(f"Adam needs lr, eps, weight_decay >= 0 and betas in [0, 1); "
+                             f"got {lr}, {eps}, {weight_decay}, {betas}")
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
         for group in self.param_groups:
             for name, p in zip(parameter_names(group), group["params"]):
@@ -54,7 +55,8 @@ class Adam(Optimizer):
         self.finite.poll()
 
     def _is_sharded(self, p: Tensor) -> bool:
-        return self.ranks.size > 1 and p.numel() >= SMALLEST_SHARDED and p.numel() % self.ranks.size == 0 and p.is_contiguous()
+        divides = p.numel() % self.ranks.size == 0 and p.is_contiguous()
+        return self.ranks.size > 1 and p.numel() >= SMALLEST_SHARDED and divides
 
     def _reduce(self, group: dict) -> list[tuple[str, Tensor, Pending]]:
         work = []
@@ -89,4 +91,5 @@ class Adam(Optimizer):
         beta1, beta2 = group["betas"]
         adamw(params, grads, means, squares, [], steps, fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
               lr=float(group["lr"]), weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
-        return [self.ranks.all_gather(own, output=p.view(-1)) for own, (_, p, _) in zip(params, work) if self._is_sharded(p)]
+        return [self.ranks.all_gather(own, output=p.view(-1))
+                for own, (_, p, _) in zip(params, work) if self._is_sharded(p)]

@@ -4,8 +4,8 @@ from torch.optim import Optimizer
 
 
 class ChainedOptimizer(Optimizer):
-    """Steps each of `optimizers` in turn. `param_groups` is the list of all their groups (the same dicts), so learning-rate
-    schedulers and hand-written schedules work; state_dict() holds one entry per optimizer, in order."""
+    """Steps each of `optimizers` in turn. `param_groups` is the list of all their groups (the same dicts), so
+    learning-rate schedulers and hand-written schedules work; state_dict() holds one entry per optimizer, in order."""
 
     def __init__(self, *optimizers: Optimizer):
         self.optimizers = optimizers

@@ -42,7 +42,7 @@ class Ranks:
         return Pending(output, _reduce_scatter(output, tensor, group=self.group, async_op=True))
 
     def all_gather(self, tensor: Tensor, output: Tensor | None = None) -> Pending:
-        """Every rank's `tensor` (k, …) concatenated to (size·k, …), into `output` if given. One rank: `tensor` itself."""
+        """Every rank's `tensor` (k, …) as one (size·k, …), into `output` if given. With one rank: `tensor` itself."""
         if self.size == 1:
             return Pending(tensor)
         if output is None:

@@ -54,7 +54,8 @@ class Muon(Optimizer):
         process_group=None,
     ):
         if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
-            raise ValueError(f"Muon needs lr >= 0, weight_decay >= 0, 0 <= momentum < 1; got {lr}, {weight_decay}, {momentum}")
+            raise ValueError("Muon needs lr >= 0, weight_decay >= 0, 0 <= momentum < 1; "
+                             f"got {lr}, {weight_decay}, {momentum}")
         if adjust_lr_fn is not None and adjust_lr_fn not in ADJUST_LR:
             raise ValueError(f"unknown adjust_lr_fn {adjust_lr_fn!r}: expected one of {', '.join(ADJUST_LR)}")
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
@@ -71,7 +72,8 @@ class Muon(Optimizer):
         for name, p in zip(parameter_names(group), group["params"]):
             reject_unsupported(p, name, "Muon")
             if p.ndim < 2:
-                raise ValueError(f"Muon: {name} has shape {tuple(p.shape)}; vectors and scalars belong to Adam (optim.route)")
+                raise ValueError(f"Muon: {name} has shape {tuple(p.shape)}; "
+                                 "vectors and scalars belong to Adam (optim.route)")
             rows, columns = p.size(0), p[0].numel()
             if rows % group["split"]:
                 raise ValueError(f"Muon: the {rows} rows of {name} do not divide into split={group['split']} matrices")
@@ -144,7 +146,8 @@ class Muon(Optimizer):
     def _apply(self, bank: "Bank", updates: Tensor) -> None:
         group = bank.group
         lr, decay = float(group["lr"]), group["weight_decay"]
-        awake = [(p, u.reshape(p.shape)) for p, u in zip(bank.params, updates.to(bank.params[0].dtype)) if p.grad is not None]
+        updates = updates.to(bank.params[0].dtype)
+        awake = [(p, u.reshape(p.shape)) for p, u in zip(bank.params, updates) if p.grad is not None]
         params, updates = zip(*awake)
         torch._foreach_mul_(params, 1 - lr * decay)
         torch._foreach_add_(params, updates, alpha=-lr * ADJUST_LR[group["adjust_lr_fn"]](*bank.shape[1:]))

@@ -251,7 +251,7 @@ def test_a_sharded_dtensor_is_refused_rather_than_orthogonalised_as_if_whole():
         Muon([LooksLikeDTensor(torch.zeros(4, 4))])
 
 
-# --- many ranks --------------------------------------------------------------------------------------------------------
+# --- many ranks ------------------------------------------------------------------------------------------------------
 
 
 def free_port():
@@ -263,7 +263,8 @@ def free_port():
 def uneven_model():
     """Five matrices of one shape, three of another, a table that is sharded, one whose size no rank count divides."""
     torch.manual_seed(0)
-    return nn.ModuleDict({f"square{i}": nn.Linear(12, 12) for i in range(5)} | {f"wide{i}": nn.Linear(24, 12) for i in range(3)}
+    return nn.ModuleDict({f"square{i}": nn.Linear(12, 12) for i in range(5)}
+                         | {f"wide{i}": nn.Linear(24, 12) for i in range(3)}
                          | {"embed": nn.Embedding(4096, 16), "odd": nn.Embedding(4099, 17)})
 
 
