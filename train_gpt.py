@@ -30,7 +30,7 @@ from data import fineweb, local_text, shards
 from data.shards import DataError, TrainLoader, validation_batches
 from optim import OPTIMIZERS, NonFiniteError, get_optimizer, route, route_table
 from records.log import Record, RecordError, end_on_signal
-from records.settings import SettingsError, option, parse
+from records.settings import SettingsError, check, option, parse
 
 REPOSITORY = Path(__file__).resolve().parent
 
@@ -45,47 +45,44 @@ class Settings:
     preset: str = "record"
     track: str = option("fineweb-3.28", "which leaderboard the record belongs to: its folder under --records")
     name: str = option("gpt", "what to call this run: letters, digits, '.', '_', '-'")
-    target: float | None = option(3.28, "validation loss to reach, nats per token")
+    target: float | None = option(3.28, "validation loss to reach, nats per token", least=0)
     records: str = option("records", "folder in which the record is written")
-    seed: int = option(0, "seed of the initial weights and of the order of the data")
+    seed: int = option(0, "seed of the initial weights and of the order of the data", least=0)
     device: str = option("auto", "auto takes a GPU if there is one", choices=("auto", "cuda", "cpu"))
     dtype: str = option("bfloat16", "of activations; weights stay float32", choices=("bfloat16", "float32"))
     compile: bool = option(True, "torch.compile")
     # data
     data: str = option("data/fineweb10B", "folder of token shards")
     source: str = option("fineweb", "what fills a missing --data folder", choices=("fineweb", "local", "none"))
-    vocab_size: int = option(50257, "of the tokenizer; its last id starts every document")
-    sequence_length: int = option(16384, "tokens in a sequence: a stretch of whole documents, the last one cut")
-    max_document: int = option(2048, "longer documents are cut into pieces of this many tokens")
-    val_tokens: int = option(10485760, "validation runs on the first so many tokens of the val shards")
-    val_every: int = option(125, "steps between validations; the last step always validates")
+    vocab_size: int = option(50257, "of the tokenizer; its last id starts every document", least=2, most=65536)
+    sequence_length: int = option(16384, "tokens in a sequence: whole documents, the last one cut", least=1)
+    max_document: int = option(2048, "longer documents are cut into pieces of this many tokens", least=1)
+    val_tokens: int = option(10485760, "validation runs on the first so many tokens of the val shards", least=1)
+    val_every: int = option(125, "steps between validations; the last step always validates", least=1)
     # model
-    layers: int = option(12, "transformer blocks")
-    heads: int = option(6, "attention heads")
-    width: int = option(768, "residual stream; 4 × width in the MLPs")
-    value_embeddings: int = option(3, "tables of embeddings added to the values of the first and last so many blocks")
-    softcap: float = option(15.0, "logits are bounded to ± this")
-    window: int = option(1792, "tokens that attention looks back over in the end; half of it in most blocks")
+    layers: int = option(12, "transformer blocks", least=1)
+    heads: int = option(6, "attention heads", least=1)
+    width: int = option(768, "residual stream; 4 × width in the MLPs", least=1)
+    value_embeddings: int = option(3, "embeddings added to the values of the first and last so many blocks", least=0)
+    softcap: float = option(15.0, "logits are bounded to ± this", least=1e-3)
+    window: int = option(1792, "tokens that attention looks back over in the end; half of it in most blocks", least=2)
     # training
-    steps: int = option(1600, "optimizer steps")
-    batch_tokens: int = option(524288, "tokens in a step, over all GPUs")
-    device_batch_tokens: int = option(65536, "tokens in the model at once on a GPU; lower it if memory runs out")
+    steps: int = option(1600, "optimizer steps", least=1)
+    batch_tokens: int = option(524288, "tokens in a step, over all GPUs", least=1)
+    device_batch_tokens: int = option(65536, "tokens at once on a GPU; lower it if memory runs out", least=1)
     optimizer: str = option("turbo-muon", "for the matrices; Adam takes the rest", choices=tuple(OPTIMIZERS))
-    lr: float = option(0.05, "of the matrices")
-    weight_decay: float = option(0.0, "of the matrices, decoupled: times lr in each step")
-    momentum: float = option(0.95, "of the matrices, reached after --momentum-warmup steps from 0.85")
-    momentum_warmup: int = option(300, "steps")
-    embedding_lr: float = option(0.3, "Adam, for token and value embeddings")
-    head_lr: float = option(0.008, "Adam, for the output head")
-    scalar_lr: float = option(0.015, "Adam, for the mixing weights of blocks")
-    cooldown: float = option(0.5, "the learning rates fall linearly over this last fraction of training")
-    final_lr: float = option(0.05, "fraction of the learning rates that is left at the last step")
+    lr: float = option(0.05, "of the matrices", least=0)
+    weight_decay: float = option(0.0, "of the matrices, decoupled: times lr in each step", least=0)
+    momentum: float = option(0.95, "of the matrices, after --momentum-warmup steps from 0.85", least=0, most=0.9999)
+    momentum_warmup: int = option(300, "steps", least=0)
+    embedding_lr: float = option(0.3, "Adam, for token and value embeddings", least=0)
+    head_lr: float = option(0.008, "Adam, for the output head", least=0)
+    scalar_lr: float = option(0.015, "Adam, for the mixing weights of blocks", least=0)
+    cooldown: float = option(0.5, "learning rates fall linearly over this last fraction of training", least=0, most=1)
+    final_lr: float = option(0.05, "fraction of the learning rates that is left at the last step", least=0, most=1)
 
     def __post_init__(self):
-        sequences = self.batch_tokens // max(self.sequence_length, 1)
-        if self.batch_tokens != sequences * self.sequence_length or sequences < 1:
-            raise SettingsError(f"--batch-tokens {self.batch_tokens} must be a multiple of "
-                                f"--sequence-length {self.sequence_length}")
+        check(self)
         if self.device_batch_tokens < self.sequence_length:
             raise SettingsError(f"--device-batch-tokens {self.device_batch_tokens} is less than one sequence: "
                                 f"at least --sequence-length {self.sequence_length}")
@@ -94,19 +91,15 @@ class Settings:
         if not 0 <= 2 * self.value_embeddings <= self.layers:
             raise SettingsError(f"--value-embeddings {self.value_embeddings} needs at least twice as many --layers, "
                                 f"not {self.layers}")
-        if self.steps < 1 or self.val_every < 1 or self.window < 2:
-            raise SettingsError(f"--steps {self.steps} and --val-every {self.val_every} must be at least 1, "
-                                f"--window {self.window} at least 2")
 
-    def passes(self, world_size: int) -> int:
-        """Forward and backward passes that each of `world_size` GPUs makes for one step."""
-        sequences = self.batch_tokens // self.sequence_length
-        if sequences % world_size:
-            raise SettingsError(f"{sequences} sequences in a batch do not divide by {world_size} processes: change "
-                                f"--nproc_per_node, or --batch-tokens to a multiple of "
-                                f"{world_size * self.sequence_length}")
-        share = sequences // world_size
-        at_once = min(share, self.device_batch_tokens // self.sequence_length)
+    def passes(self, tokens: int, option: str, world_size: int) -> int:
+        """Passes through the model in which each of `world_size` processes takes its share of `option`'s `tokens`."""
+        sequences, rest = divmod(tokens, self.sequence_length)
+        if rest or sequences % world_size:
+            raise SettingsError(f"{option} {tokens} must be a multiple of {world_size * self.sequence_length}: "
+                                f"{world_size} processes × --sequence-length {self.sequence_length}; "
+                                "or change --nproc_per_node")
+        share, at_once = sequences // world_size, self.device_batch_tokens // self.sequence_length
         return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= at_once)
 
 
@@ -360,6 +353,7 @@ def process_group(device: torch.device):
     dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     try:
         yield dist.get_rank(), dist.get_world_size()
+        dist.barrier()  # torchrun may end all ranks when the first one ends: let rank 0 finish the record
     finally:
         dist.destroy_process_group()
 
@@ -386,12 +380,13 @@ def open_data(s: Settings, rank: int, world_size: int):
         fineweb.ensure(s.data, train_shards)
     elif s.source == "local":
         local_text.ensure(s.data)
+    val_passes = s.passes(s.val_tokens, "--val-tokens", world_size)
     shared = dict(sequence_length=s.sequence_length, max_document=s.max_document, vocab_size=s.vocab_size, rank=rank,
                   world_size=world_size, hint=hint)
     loader = TrainLoader(s.data, seed=s.seed, **shared)
     loader.require(s.steps * s.batch_tokens // s.sequence_length)
     validation = validation_batches(s.data, tokens=s.val_tokens, **shared,
-                                    sequences_per_pass=s.device_batch_tokens // s.sequence_length)
+                                    sequences_per_pass=s.val_tokens // s.sequence_length // world_size // val_passes)
     return loader, validation
 
 
@@ -442,7 +437,7 @@ def warm_up(s: Settings, model: GPT, loader: TrainLoader, validation, passes: in
 
 
 def train(s: Settings, device: torch.device, rank: int, world_size: int, started: list[Record]) -> None:
-    passes = s.passes(world_size)
+    passes = s.passes(s.batch_tokens, "--batch-tokens", world_size)
     loader, validation = open_data(s, rank, world_size)
     record = Record(s.records, track=s.track, name=s.name, target=s.target, steps=s.steps, seed=s.seed,
                     config=asdict(s), script=Path(__file__), repository=REPOSITORY, device=str(device),
@@ -506,6 +501,7 @@ def main(argv: list[str] | None = None) -> None:
               description=__doc__.split("\n")[0], default_preset="record" if torch.cuda.is_available() else "local")
     started: list[Record] = []  # the record, once there is one
     rank = int(os.environ.get("RANK", "0"))
+    speaks = rank == 0  # the others meet the same errors
     end_on_signal((lambda: f"interrupted; what was measured so far: {started[0].folder if started else 'nothing'}")
                   if rank == 0 else None)
     try:
@@ -515,14 +511,15 @@ def main(argv: list[str] | None = None) -> None:
         return
     except torch.OutOfMemoryError:
         message = f"out of GPU memory: lower --device-batch-tokens (now {s.device_batch_tokens})"
+        speaks = True  # it may be this process alone
     except (DataError, SettingsError, RecordError, NonFiniteError) as error:
         message = str(error)
     if started and rank == 0:
         with suppress(RecordError):  # a full disk is what may have ended the run
             started[0].fail("failed", message)
-    if rank == 0:
+    if speaks:
         print(f"train_gpt.py: {message}", file=sys.stderr)
-    else:
+    if rank != 0:
         time.sleep(3)  # torchrun ends all ranks when the first one ends: let rank 0 speak
     sys.exit(1)
 

@@ -24,11 +24,11 @@ class Adam(Optimizer):
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, process_group=None):
-        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"Adam needs lr, eps, weight_decay >= 0 and betas in [0, 1); "
-                             f"got {lr}, {eps}, {weight_decay}, {betas}")
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
         for group in self.param_groups:
+            if min(group["lr"], group["eps"], group["weight_decay"]) < 0 or not all(0 <= b < 1 for b in group["betas"]):
+                raise ValueError("Adam needs lr, eps, weight_decay >= 0 and betas in [0, 1); got "
+                                 f"{group['lr']}, {group['eps']}, {group['weight_decay']}, {group['betas']}")
             for name, p in zip(parameter_names(group), group["params"]):
                 reject_unsupported(p, name, "Adam")
         self.ranks = Ranks(process_group)

@@ -53,14 +53,15 @@ class Muon(Optimizer):
         adjust_lr_fn: str | None = "original",
         process_group=None,
     ):
-        if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
-            raise ValueError("Muon needs lr >= 0, weight_decay >= 0, 0 <= momentum < 1; "
-                             f"got {lr}, {weight_decay}, {momentum}")
         if adjust_lr_fn is not None and adjust_lr_fn not in ADJUST_LR:
             raise ValueError(f"unknown adjust_lr_fn {adjust_lr_fn!r}: expected one of {', '.join(ADJUST_LR)}")
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
                         adjust_lr_fn=adjust_lr_fn or "original", split=1)
         super().__init__(params, defaults)
+        for group in self.param_groups:
+            if group["lr"] < 0 or group["weight_decay"] < 0 or not 0 <= group["momentum"] < 1:
+                raise ValueError("Muon needs lr >= 0, weight_decay >= 0, 0 <= momentum < 1; got "
+                                 f"{group['lr']}, {group['weight_decay']}, {group['momentum']}")
         self.polar = get_polar(polar)
         self.ranks = Ranks(process_group)
         self.finite = FiniteCheck(self.ranks)

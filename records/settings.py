@@ -24,13 +24,14 @@ class SettingsError(ValueError):
     """A setting is unknown or has a value it cannot have; the message says which, what is valid, and what mends it."""
 
 
-def option(default, help, choices=None):
-    """A dataclass field with a help text and, where only some values are valid, those values.
+def option(default, help, choices=None, least=None, most=None):
+    """A dataclass field with a help text and, where only some values are valid, which.
 
     default: its value when neither the command line nor the preset gives one (int, float, str, bool or None).
     help: one sentence, with the unit where there is one.  choices: sequence of the valid values, or None for any.
+    least, most: the bounds of a number, themselves valid, or None. A bounded number is finite.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
 
 
 def parse(cls, argv, *, presets, program, description, default_preset):
@@ -38,7 +39,7 @@ def parse(cls, argv, *, presets, program, description, default_preset):
 
     An option on the command line overrides the preset, which overrides the field's default; of an option given twice
     the last counts. `--key value` and `--key=value`, dashes or underscores. A field named `preset` receives the name
-    of the chosen preset. `cls.__post_init__` may raise SettingsError to reject a combination of values.
+    of the chosen preset. `cls.__post_init__` may call `check` and raise SettingsError for combinations of values.
 
     cls: dataclass whose fields are int, float, str, bool, or one of these or None (given as "none").
     argv: list of str, without the program's name.  presets: dict of preset name -> dict of field name -> value.
@@ -71,6 +72,14 @@ def parse(cls, argv, *, presets, program, description, default_preset):
         sys.exit(2)
 
 
+def check(settings):
+    """Raise SettingsError unless every field of the dataclass instance is one of its choices and within its bounds."""
+    for name, field in _fields(type(settings)).items():
+        value = getattr(settings, name)
+        if value is not None or not field.optional:
+            _check_value(field, value)
+
+
 @dataclasses.dataclass
 class _Field:
     name: str
@@ -79,6 +88,8 @@ class _Field:
     default: object
     help: str
     choices: tuple | None
+    least: float | None
+    most: float | None
 
     @property
     def flag(self):
@@ -109,7 +120,8 @@ def _fields(cls):
             raise SettingsError(f"{cls.__name__}.{field.name} has no default; give it one with option(default, help)")
         choices = field.metadata.get("choices")
         fields[field.name] = _Field(field.name, kind, optional, field.default, field.metadata.get("help", ""),
-                                    tuple(choices) if choices is not None else None)
+                                    tuple(choices) if choices is not None else None, field.metadata.get("least"),
+                                    field.metadata.get("most"))
     return fields
 
 
@@ -121,7 +133,7 @@ def _check_presets(fields, presets, default_preset):
             if name not in fields:
                 raise SettingsError(f"preset {preset!r} sets {name!r}, which is no setting{_nearest(name, fields)}")
             if value is not None or not fields[name].optional:
-                _check_choice(fields[name], value)
+                _check_value(fields[name], value)
 
 
 def _read(argv, fields):
@@ -164,11 +176,15 @@ def _convert(field, text):
         raise expected from None
     if field.type is float and math.isnan(value):
         raise expected
-    _check_choice(field, value)
+    _check_value(field, value)
     return value
 
 
-def _check_choice(field, value):
+def _check_value(field, value):
+    if field.least is not None and not field.least <= value < math.inf:
+        raise SettingsError(f"{field.flag} {value} must be at least {field.least}")
+    if field.most is not None and not -math.inf < value <= field.most:
+        raise SettingsError(f"{field.flag} {value} must be at most {field.most}")
     if field.choices is not None and value not in field.choices:
         raise SettingsError(f"{field.flag} expects one of {', '.join(map(str, field.choices))}, got {value!r}"
                             f"{_nearest(value, field.choices)}")

@@ -232,6 +232,7 @@ def test_route_takes_a_tied_head_once_and_skips_frozen_parameters():
     (lambda: Muon([nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64))]), "complex"),
     (lambda: Muon([{"params": [nn.Parameter(torch.zeros(4, 3))], "split": 3}]), "do not divide into split=3"),
     (lambda: Muon([nn.Parameter(torch.zeros(3, 3))], lr=-1), "lr >= 0"),
+    (lambda: Muon([{"params": [nn.Parameter(torch.zeros(3, 3))], "lr": -1.0}]), "lr >= 0"),
     (lambda: Muon([nn.Parameter(torch.zeros(3, 3))], adjust_lr_fn="rms"), "original, match_rms_adamw"),
     (lambda: Adam([nn.Parameter(torch.zeros(3))], betas=(1.0, 0.9)), "betas"),
     (lambda: get_optimizer("sophia", route(small_model()), lr=1), "turbo-muon"),

@@ -1,0 +1,461 @@
+"""train_gpt.py: a tiny run from shards to record, what it must not depend on, and its parts against references."""
+
+import contextlib
+import io
+import json
+import math
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt
+from data.shards import sha256, write_shard
+from optim import route
+from records.log import Record, parse_log, unpack_source
+from records.settings import SettingsError
+from train_gpt import GPT, PRESETS, Settings, attention, blockwise_attention, lr_scale, momentum_at, window_at
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY = 257  # bytes and the document token
+TINY = dict(preset="local", source="none", device="cpu", layers=2, heads=2, width=32, value_embeddings=1,
+            sequence_length=128, max_document=64, batch_tokens=1024, device_batch_tokens=1024, val_tokens=1024,
+            val_every=2, steps=20, window=64, momentum_warmup=10)
+COMMUNITY_LINE = re.compile(r"step:(\d+)/(\d+) val_loss:([\d.]+) train_time:(\d+)ms step_avg:([\d.]+)ms")
+
+
+def batch_passes(s: Settings, world_size: int) -> int:
+    return s.passes(s.batch_tokens, "--batch-tokens", world_size)
+
+
+def words(tokens: int, seed: int) -> np.ndarray:
+    """(tokens,) uint16: a stream of 64 words of five bytes, the first ones often, in documents of 8 to 90 tokens."""
+    vocabulary = np.random.default_rng(0).integers(0, VOCABULARY - 1, (64, 5))
+    rng = np.random.default_rng(seed)
+    text = vocabulary[np.minimum(rng.geometric(0.08, tokens // 5 + 1) - 1, 63)].reshape(-1)[:tokens].astype(np.uint16)
+    starts = np.cumsum(rng.integers(8, 91, tokens // 8))
+    text[starts[starts < tokens]] = text[0] = VOCABULARY - 1
+    return text
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder of byte-level shards: enough for 3000 tiny sequences."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shard(folder / "train_000.bin", words(600_000, seed=1))
+    write_shard(folder / "val_000.bin", words(5_000, seed=2))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny matrices gain nothing from threads, and sums have one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def arguments(data, records, **changes) -> list[str]:
+    """The command line of a tiny run."""
+    options = TINY | dict(data=data, records=records) | changes
+    return [text for key, value in options.items() for text in ("--" + key.replace("_", "-"), str(value).lower()
+            if isinstance(value, bool) else str(value))]
+
+
+def only_record(records) -> Path:
+    """The folder of the one record below `records`."""
+    [path] = Path(records).glob("*/*/record.json")
+    return path.parent
+
+
+def read(folder) -> dict:
+    return json.loads((folder / "record.json").read_text())
+
+
+def train(data, records, draw=False, **changes) -> dict:
+    """A tiny run in this process: the content of record.json, and its "folder" and "stdout"."""
+    stdout = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout):
+        for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            patch.delenv(variable, raising=False)
+        patch.setattr(train_gpt, "end_on_signal", lambda message: None)  # pytest keeps its own handlers
+        if not draw:
+            patch.setattr(Record, "_draw", lambda record: None)  # half a second each
+        train_gpt.main(arguments(data, records, **changes))
+    folder = only_record(records)
+    return read(folder) | {"folder": folder, "stdout": stdout.getvalue()}
+
+
+def losses(record: dict) -> list[float]:
+    return [point["val_loss"] for point in record["validation"]]
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """The tiny run, once."""
+    return train(data, tmp_path_factory.mktemp("finished"), draw=True, target=5.0)
+
+
+def model_of(seed=0, **changes) -> tuple[Settings, GPT]:
+    s = Settings(**PRESETS["local"] | TINY | changes)
+    torch.manual_seed(seed)
+    return s, GPT(s)
+
+
+def randomised(model: GPT) -> GPT:
+    """The model with its zero weights set to noise, so that every part has a say in the result."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():
+                p.normal_(std=0.1)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def test_a_run_learns_and_leaves_a_complete_record(finished, data):
+    assert finished["status"] == "complete" and finished["message"] is None
+    assert losses(finished)[0] == pytest.approx(math.log(384), abs=1e-5)  # the head starts at zero; 257 padded to 384
+    assert losses(finished)[-1] < 4.5
+    first_below = next(point for point in finished["validation"] if point["val_loss"] <= 5.0)
+    assert finished["reached"] and finished["time_to_target_s"] == first_below["train_time_s"] > 0
+    assert finished["steps"] == 20 and finished["tokens"] == 20 * 1024 and finished["train_time_s"] > 0
+    assert finished["config"]["width"] == 32 and finished["config"]["optimizer"] == "turbo-muon"
+    assert finished["data"] == {name: sha256(data / name) for name in ("train_000.bin", "val_000.bin")}
+    assert {path.name for path in finished["folder"].iterdir()} == {"record.json", "log.txt", "source.txt", "loss.png"}
+
+
+def test_validation_comes_at_the_start_every_val_every_steps_and_at_the_end(data, tmp_path):
+    record = train(data, tmp_path, val_every=4, steps=10)
+    assert [point["step"] for point in record["validation"]] == [0, 4, 8, 10]
+    assert [point["tokens"] for point in record["validation"]] == [0, 4096, 8192, 10240]
+    seconds = [point["train_time_s"] for point in record["validation"]]
+    assert seconds[0] == 0 and seconds == sorted(seconds)
+
+
+def test_source_txt_holds_the_code_that_ran(finished):
+    source = unpack_source((finished["folder"] / "source.txt").read_bytes())
+    for path in ("train_gpt.py", "optim/__init__.py", "optim/muon.py", "optim/polar.py", "data/shards.py",
+                 "records/log.py", "requirements.txt", "run.sh"):
+        assert path in source
+    assert source["data/shards.py"] == (ROOT / "data/shards.py").read_bytes()
+    assert b"def train_step(" in source["train_gpt.py"]
+
+
+def test_validation_lines_are_in_the_community_s_format_in_the_log_and_on_the_screen(finished):
+    log = (finished["folder"] / "log.txt").read_text()
+    for text in (log, finished["stdout"]):
+        found = COMMUNITY_LINE.findall(text)
+        assert [(int(step), int(steps)) for step, steps, *_ in found] == [(step, 20) for step in range(0, 21, 2)]
+        assert [float(loss) for _, _, loss, *_ in found] == pytest.approx(losses(finished), abs=1e-6)
+        milliseconds = [int(time) for *_, time, _ in found]
+        assert [time / 1000 for time in milliseconds] == [point["train_time_s"] for point in finished["validation"]]
+        for (step, *_, average), time in zip(found[1:], milliseconds[1:]):
+            assert float(average) == pytest.approx(time / int(step), abs=0.01)
+    _, curve = parse_log(log)
+    assert [point["step"] for point in curve] == list(range(0, 21, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the losses must and must not depend on
+
+
+def test_the_same_seed_gives_the_same_losses_to_the_bit(finished, data, tmp_path):
+    assert losses(train(data, tmp_path)) == losses(finished)
+
+
+def test_another_seed_gives_other_losses(finished, data, tmp_path):
+    other = losses(train(data, tmp_path, seed=1, steps=4, val_every=1))
+    assert len(set(other[1:]) & set(losses(finished))) == 0
+
+
+def test_a_run_without_warm_up_has_the_same_losses_to_the_bit(finished, data, tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(train_gpt, "warm_up", lambda *args: called.append(args))
+    assert losses(train(data, tmp_path)) == losses(finished)
+    assert len(called) == 1
+
+
+def test_warm_up_trains_and_puts_every_weight_back_to_the_bit(data, monkeypatch):
+    s, model = model_of(data=str(data))
+    randomised(model)
+    loader, validation = train_gpt.open_data(s, 0, 1)
+    device = torch.device("cpu")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loss = train_gpt.validate(model, validation, 32, device, 1)
+
+    inside = []  # names of the weights that differ while warm_up validates
+    validate = train_gpt.validate
+
+    def spy(model, *rest):
+        inside.append({name for name, p in model.named_parameters() if not torch.equal(p, before[name])})
+        return validate(model, *rest)
+
+    monkeypatch.setattr(train_gpt, "validate", spy)
+    train_gpt.warm_up(s, model, loader, validation, batch_passes(s, 1), device, 1)
+    assert inside and all(names == set(before) for names in inside)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert validate(model, validation, 32, device, 1) == loss
+
+
+def test_the_loss_at_step_0_is_that_of_a_freshly_seeded_model(finished, data):
+    s, model = model_of(data=str(data))
+    _, validation = train_gpt.open_data(s, 0, 1)
+    fresh = train_gpt.validate(model, validation, window_at(0, s), torch.device("cpu"), 1)
+    assert losses(finished)[0] == fresh
+
+
+@pytest.mark.parametrize("tokens, passes", [(256, 4), (128, 8), (640, 2)])
+def test_gradient_accumulation_changes_no_loss(finished, data, tmp_path, tokens, passes):
+    # 640 tokens: five sequences fit, but eight divide into two passes of four only
+    record = train(data, tmp_path, device_batch_tokens=tokens)
+    assert f", {passes} passes of {1024 // passes} tokens a step" in record["stdout"]
+    assert losses(record) == pytest.approx(losses(finished), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings and schedules
+
+
+def test_learning_rates_are_constant_and_then_fall_linearly():
+    s = Settings(steps=100, cooldown=0.4, final_lr=0.1)
+    assert all(lr_scale(step, s) == 1 for step in range(61))
+    assert lr_scale(80, s) == pytest.approx(0.55) and lr_scale(100, s) == pytest.approx(0.1)
+    falling = [lr_scale(step, s) for step in range(60, 101)]
+    assert np.allclose(np.diff(falling), -0.9 / 40)
+    assert all(lr_scale(step, Settings(steps=100, cooldown=0)) == 1 for step in range(100))
+    assert lr_scale(50, Settings(steps=100, cooldown=1, final_lr=0)) == pytest.approx(0.5)
+
+
+def test_momentum_rises_from_0_85_over_its_warm_up():
+    s = Settings(momentum=0.95, momentum_warmup=300)
+    values = [momentum_at(step, s) for step in range(400)]
+    assert values[0] == 0.85 and values[150] == pytest.approx(0.9) and values[300:] == [0.95] * 100
+    assert all(a < b for a, b in zip(values[:300], values[1:]))
+    assert momentum_at(0, Settings(momentum_warmup=0)) == 0.95
+    assert {round(momentum_at(step, Settings(momentum=0.8)), 12) for step in range(400)} == {0.8}
+
+
+@pytest.mark.parametrize("steps", [1, 5, 8, 100, 1601])
+def test_the_window_grows_in_eighths_to_the_whole(steps):
+    s = Settings(steps=steps, window=1792)
+    windows = [window_at(step, s) for step in range(steps)]
+    assert windows[-1] == 1792 and windows == sorted(windows)
+    assert set(windows) <= {224 * eighth for eighth in range(1, 9)}
+    if steps >= 8:
+        assert windows[0] == 224 and len(set(windows)) == 8
+    assert min(window_at(step, Settings(steps=steps, window=2)) for step in range(steps)) == 2  # half of it must be 1
+
+
+@pytest.mark.parametrize("world_size, passes", [(1, 8), (2, 4), (4, 2), (8, 1), (16, 1), (32, 1)])
+def test_passes_of_the_record_run_keep_the_batch_whatever_the_number_of_gpus(world_size, passes):
+    assert batch_passes(Settings(), world_size) == passes  # 32 sequences, four at once
+
+
+@pytest.mark.parametrize("device_sequences", [1, 2, 3, 5, 8, 31, 32, 100])
+def test_passes_are_equal_fit_the_device_and_are_as_few_as_can_be(device_sequences):
+    s = Settings(device_batch_tokens=device_sequences * 16384)
+    for world_size in (1, 2, 4, 8):
+        share = 32 // world_size
+        size = share // batch_passes(s, world_size)
+        assert size * batch_passes(s, world_size) == share and size <= device_sequences
+        assert not any(share % larger == 0 for larger in range(size + 1, min(share, device_sequences) + 1))
+
+
+def test_processes_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(SettingsError, match=r"--batch-tokens 524288 .* 49152: 3 processes .* --nproc_per_node"):
+        batch_passes(Settings(), 3)
+    with pytest.raises(SettingsError, match="--batch-tokens 16385 must be a multiple of 16384"):
+        batch_passes(Settings(batch_tokens=16385), 1)
+
+
+@pytest.mark.parametrize("changes, named", [
+    (dict(batch_tokens=0), "--batch-tokens 0"),
+    (dict(sequence_length=0), "--sequence-length 0"),
+    (dict(sequence_length=-128), "--sequence-length -128"),
+    (dict(device_batch_tokens=1000), "--device-batch-tokens 1000"),
+    (dict(width=100), "--width 100 must be a multiple of 4 × --heads 6"),
+    (dict(value_embeddings=7), "--value-embeddings 7 needs at least twice as many --layers, not 12"),
+    (dict(value_embeddings=-1), "--value-embeddings -1"),
+    (dict(steps=0), "--steps 0"), (dict(val_every=0), "--val-every 0"), (dict(window=1), "--window 1"),
+])
+def test_settings_that_cannot_work_are_refused_by_name(changes, named):
+    with pytest.raises(SettingsError, match=re.escape(named)):
+        Settings(**changes)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_valid_on_one_gpu_and_on_its_own_number(preset):
+    s = Settings(**PRESETS[preset])
+    assert batch_passes(s, 1) * min(s.device_batch_tokens, s.batch_tokens) >= s.batch_tokens
+    if preset != "local":
+        assert batch_passes(s, 8) >= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def test_every_parameter_of_the_record_model_is_routed_to_one_group_and_counted():
+    with torch.device("meta"):
+        model = GPT(Settings())
+    groups = route(model)
+    routed = [name for members in groups.values() for name, _ in members]
+    assert sorted(routed) == sorted(name for name, _ in model.named_parameters())
+    padded, width, layers = 50304, 768, 12
+    assert {kind: sum(p.numel() for _, p in members) for kind, members in groups.items()} == {
+        "embedding": (1 + 3) * padded * width,  # tokens, and three tables of values
+        "head": padded * width,
+        "matrix": layers * (4 + 8) * width**2,  # q, k, v, o; up and down
+        "scalar": layers * 2 + (layers // 2) * 1 + 2 * 3 * 2,  # mix of x0, skips of the second half, mix of values
+    }
+    assert {name for name, _ in groups["embedding"]} == {"tokens.weight", *(f"values.{i}.weight" for i in range(3))}
+    assert {name for name, _ in groups["head"]} == {"head.weight"}
+    assert all(p.ndim == 2 and name.startswith("blocks.") for name, p in groups["matrix"])
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 300.0])
+def test_the_loss_is_cross_entropy_of_softcapped_logits(scale):
+    s, model = model_of(softcap=7.0)
+    torch.manual_seed(1)
+    x = torch.randn(50, 32, requires_grad=True)
+    with torch.no_grad():
+        model.head.weight.normal_(std=scale)
+    targets = torch.randint(0, VOCABULARY, (50,))
+    loss = model.loss(x, targets)
+    weight = model.head.weight.detach().double().requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    logits = F.rms_norm(x64, (32,)) @ weight.T
+    expected = F.cross_entropy(7.0 * torch.tanh(logits / 7.0), targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    expected.backward()
+    for found, wanted in ((x.grad, x64.grad), (model.head.weight.grad, weight.grad)):
+        assert (found - wanted).norm() <= 2e-4 * wanted.norm()  # where a logit is saturated float32 keeps few digits
+
+
+def test_a_document_s_stream_through_the_model_depends_on_no_other_document_and_no_later_token():
+    s, model = model_of(layers=4)  # one block of four has the full window
+    randomised(model).loss = lambda x, targets: x
+    torch.manual_seed(2)
+    tokens = torch.randint(0, VOCABULARY, (2, 128))
+    bounds = torch.tensor([0, 50, 128, 200, 256], dtype=torch.int32)  # the second document: tokens 50 to 127
+    here = torch.zeros(256, dtype=torch.bool)
+    here[50:100] = True
+    with torch.no_grad():
+        x = model(tokens, tokens, bounds, 64)
+        other = torch.where(here, tokens.flatten(), torch.randint(0, VOCABULARY, (256,))).view(2, 128)
+        y = model(other, other, bounds, 64)
+        torch.testing.assert_close(y[here], x[here], rtol=1e-6, atol=1e-6)
+        assert (y[~here] != x[~here]).any(1).sum() > 150
+        merged = model(tokens, tokens, torch.tensor([0, 128, 200, 256], dtype=torch.int32), 64)
+        assert (merged[here] - x[here]).abs().max() > 1e-3  # without the boundary it would see the first document
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+DOCUMENTS = {100: [0, 1, 8, 9, 40, 77, 100], 64: [0, 64], 130: [0, 65, 130], 1: [0, 1]}  # tokens -> where they begin
+WINDOWS = [1, 2, 7, 64, 1000]
+
+
+def visible(bounds: list[int], window: int) -> torch.Tensor:
+    """(tokens, tokens) bool: may query i see key j? Written out as the definition says."""
+    document = [number for number, (a, b) in enumerate(zip(bounds, bounds[1:])) for _ in range(a, b)]
+    tokens = len(document)
+    return torch.tensor([[document[i] == document[j] and i - window < j <= i for j in range(tokens)]
+                         for i in range(tokens)])
+
+
+def dense_attention(q, k, v, mask, scale):
+    """(tokens, heads, head_dim) by the full matrix of scores."""
+    scores = torch.einsum("ihd,jhd->hij", q, k) * scale
+    return torch.einsum("hij,jhd->ihd", scores.masked_fill(~mask, -math.inf).softmax(-1), v)
+
+
+def queries_keys_values(tokens, dtype=torch.float64, heads=2, head_dim=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(tokens, heads, head_dim, dtype=dtype, generator=generator) for _ in range(3)]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("tokens", DOCUMENTS)
+def test_attention_and_its_gradient_are_those_of_the_dense_formula(tokens, window):
+    bounds = DOCUMENTS[tokens]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    ours, dense = ([x.requires_grad_() for x in queries_keys_values(tokens)] for _ in range(2))
+    found = attention(*ours, cu_seqlens, 64, window, 0.3)
+    wanted = dense_attention(*dense, visible(bounds, window), 0.3)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    weights = queries_keys_values(tokens, seed=1)[0]
+    (found * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    for x, y in zip(ours, dense):
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_token_sees_its_window_of_its_document_and_nothing_else(window):
+    bounds = DOCUMENTS[100]
+    mask, cu_seqlens = visible(bounds, window), torch.tensor(bounds, dtype=torch.int32)
+    q, k, v = queries_keys_values(100)
+    y = blockwise_attention(q, k, v, cu_seqlens, window, 0.3)
+    other = queries_keys_values(100, seed=2)
+    for i in (0, 1, 7, 8, 9, 39, 40, 60, 99):
+        row = mask[i][:, None, None]
+        itself = (torch.arange(100) == i)[:, None, None]
+        mixed = [torch.where(kept, x, new) for kept, x, new in zip((itself, row, row), (q, k, v), other)]
+        changed = blockwise_attention(*mixed, cu_seqlens, window, 0.3)
+        torch.testing.assert_close(changed[i], y[i], rtol=1e-12, atol=1e-12)
+        seen = torch.nonzero(mask[i]).flatten().tolist()
+        for j in {seen[0], seen[-1]}:  # and the ends of what it should see count
+            one = v.clone()
+            one[j] += 1000
+            assert (blockwise_attention(q, k, one, cu_seqlens, window, 0.3)[i] - y[i]).abs().max() > 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [1, 2, 7, 64, 1000, 5000])
+def test_varlen_attention_on_a_gpu_computes_the_same(window):
+    bounds = torch.tensor([0, 1, 100, 1124, 1200, 2000, 2777], dtype=torch.int32, device="cuda")
+    half = [x.to("cuda", torch.bfloat16).requires_grad_() for x in queries_keys_values(2777, heads=3, head_dim=64)]
+    full = [x.detach().float().requires_grad_() for x in half]
+    found = attention(*half, bounds, 1024, window, 0.12)
+    wanted = blockwise_attention(*full, bounds, window, 0.12)
+    weights = queries_keys_values(2777, heads=3, head_dim=64, seed=1)[0].to("cuda", torch.bfloat16)
+    (found * weights).sum().backward()
+    (wanted * weights.float()).sum().backward()
+    for x, y in ((found, wanted), *((a.grad, b.grad) for a, b in zip(half, full))):
+        if y.norm() > 1e-3:  # with a window of 1 the gradients of q and k are zero
+            assert (x.float() - y).norm() < 1e-2 * y.norm()
+        else:
+            assert x.float().norm() < 1e-1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scripts around it
+
+
+@pytest.mark.parametrize("script", ["run.sh", ".ci/run"])
+def test_shell_scripts_are_executable_and_parse(script):
+    checked = subprocess.run(["bash", "-n", ROOT / script], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    assert (ROOT / script).stat().st_mode & 0o100
+
+
+def test_ci_runs_the_tests_through_run_sh():
+    assert re.search(r"^(exec )?\./run\.sh test\b", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("package", ["torch", "triton"])
+def test_requirements_pin_what_numerics_and_kernels_depend_on(package):
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if re.match(rf"{package}\b", line)]
+    assert len(lines) == 1 and re.match(rf"{package}==\d+\.\d+\.\d+(; .*)?$", lines[0])

@@ -1,0 +1,181 @@
+"""train_gpt.py as processes: several of them compute what one does, and none outlives or loses what was measured."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from test_train_gpt import ROOT, arguments, data, losses, one_thread, only_record, read, train  # noqa: F401
+
+from records.log import parse_log
+
+LONG = dict(steps=1500, batch_tokens=128, device_batch_tokens=128, val_tokens=256, val_every=5)  # half a minute
+ENVIRONMENT = {key: value for key, value in os.environ.items()
+               if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+proc_only = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
+
+
+def torchrun(count: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+
+
+@contextmanager
+def started(command, seconds=60):
+    """The process, its output as text in pipes; ended on leaving and after so many seconds, so that no test hangs."""
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True)
+    watchdog = threading.Timer(seconds, process.terminate)  # not kill: torchrun must end its ranks
+    watchdog.start()
+    try:
+        yield process
+    finally:
+        watchdog.cancel()
+        process.terminate()
+        process.communicate()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+OPTIMIZERS = ("turbo-muon", "muon", "adamw")
+
+# All three in one start of torchrun, in one process group: a second one of the same name may find the first one's
+# addresses. Tables of 12288 elements are cut over ranks too, as the large ones of a real run are.
+SEVERAL_RUNS = """
+import json, sys
+sys.path.insert(0, {root!r})
+import torch.distributed as dist
+import optim.adam, train_gpt
+from records.log import Record
+optim.adam.SMALLEST_SHARDED = 4096
+Record._draw = lambda record: None
+dist.init_process_group("gloo")
+end = dist.destroy_process_group
+dist.init_process_group, dist.destroy_process_group = lambda *args, **options: None, lambda: None
+for command_line in json.loads({command_lines!r}):
+    train_gpt.main(command_line)
+dist.barrier()
+end()
+"""
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """Optimizer -> losses of one process."""
+    return {name: losses(train(data, tmp_path_factory.mktemp(name), optimizer=name)) for name in OPTIMIZERS}
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_have_the_losses_of_one(alone, data, tmp_path, count):
+    command_lines = [arguments(data, tmp_path / name, optimizer=name) for name in OPTIMIZERS]
+    script = tmp_path / "several_runs.py"
+    script.write_text(SEVERAL_RUNS.format(root=str(ROOT), command_lines=json.dumps(command_lines)))
+    with started([*torchrun(count), script], seconds=150) as process:
+        stdout, stderr = process.communicate()
+        assert process.returncode == 0, stderr
+    for name in OPTIMIZERS:
+        record = read(only_record(tmp_path / name))  # one, although there were several processes
+        assert record["status"] == "complete" and len(losses(record)) == 11
+        # Adam's first updates are little more than signs, so a rounding error in a gradient near 0 counts.
+        assert losses(record) == pytest.approx(alone[name], rel=1e-4 if name == "adamw" else 1e-5), name
+    assert stdout.count(f"seed 0, {count} processes on cpu") == len(OPTIMIZERS)
+    assert len(re.findall(r"^step:20/20 val_loss", stdout, re.MULTILINE)) == len(OPTIMIZERS)
+
+
+def test_processes_that_do_not_divide_the_batch_end_with_one_message(data, tmp_path):
+    command = [*torchrun(3), "train_gpt.py", *arguments(data, tmp_path / "records")]
+    ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode != 0
+    [ours] = [line for line in ended.stderr.splitlines() if line.startswith("train_gpt.py: ")]
+    assert "8 sequences in a batch do not divide by 3 processes" in ours
+    assert re.search(r"--nproc_per_node.*--batch-tokens.*\b384\b", ours)
+    assert 'train_gpt.py", line' not in ended.stderr  # torchrun shows a traceback of its own, we none
+    assert not (tmp_path / "records").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ended from outside
+
+
+def validations(process, count: int) -> list[str]:
+    """The next `count` validation lines that it prints."""
+    lines = []
+    for line in process.stdout:
+        if " val_loss:" in line:
+            lines.append(line.rstrip("\n"))
+        if len(lines) == count:
+            return lines
+    raise AssertionError(f"ended after {lines}: {process.stderr.read()}")
+
+
+def assert_holds(folder, lines: list[str]) -> None:
+    """The record says "interrupted" and has every validation line that was printed, in record.json and in log.txt."""
+    record, log = read(folder), (folder / "log.txt").read_text()
+    assert record["status"] == "interrupted" and set(lines) <= set(log.splitlines())
+    found = [f"step:{point['step']}/{record['steps_planned']} val_loss:{point['val_loss']:.6f} "
+             f"train_time:{round(1000 * point['train_time_s'])}ms" for point in record["validation"]]
+    printed = [line.split(" step_avg")[0] for line in lines]
+    assert len(printed) >= 3 and found[:len(printed)] == printed
+    _, curve = parse_log(log)
+    assert [point["step"] for point in curve][:len(lines)] == [5 * number for number in range(len(lines))]
+
+
+def test_sigkill_leaves_a_record_with_everything_printed_so_far(data, tmp_path):
+    with started([sys.executable, "train_gpt.py", *arguments(data, tmp_path, **LONG)]) as process:
+        lines = validations(process, 4)
+        process.kill()
+        rest, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    lines += [line for line in rest.splitlines() if " val_loss:" in line and line.endswith(tuple("0123456789"))]
+    assert_holds(only_record(tmp_path), lines)
+
+
+def test_sigint_ends_a_single_process_within_five_seconds_with_status_130(data, tmp_path):
+    with started([sys.executable, "train_gpt.py", *arguments(data, tmp_path, **LONG)]) as process:
+        lines = validations(process, 3)
+        process.send_signal(signal.SIGINT)
+        before = time.monotonic()
+        _, stderr = process.communicate()
+        assert time.monotonic() - before < 5
+        assert process.returncode == 130
+    folder = only_record(tmp_path)
+    assert stderr == f"interrupted; what was measured so far: {folder}\n"
+    assert_holds(folder, lines)
+
+
+def processes_with(text: str) -> list[str]:
+    """Command lines of all live processes that have `text` in them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command_line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:  # it has just ended
+            continue
+        if text in command_line:
+            found.append(command_line)
+    return found
+
+
+@proc_only
+def test_sigint_to_torchrun_ends_all_ranks_within_ten_seconds(data, tmp_path):
+    options = arguments(data, tmp_path, **LONG | dict(batch_tokens=256))
+    with started([*torchrun(2), "train_gpt.py", *options]) as process:
+        lines = validations(process, 3)
+        assert len(processes_with(str(tmp_path))) >= 3  # torchrun and two ranks
+        process.send_signal(signal.SIGINT)
+        before = time.monotonic()
+        _, stderr = process.communicate()
+        assert process.returncode != 0
+        while processes_with(str(tmp_path)) and time.monotonic() - before < 10:
+            time.sleep(0.05)
+        assert processes_with(str(tmp_path)) == [] and time.monotonic() - before < 10
+    folder = only_record(tmp_path)
+    assert stderr.count(f"interrupted; what was measured so far: {folder}") == 1
+    assert_holds(folder, lines)
