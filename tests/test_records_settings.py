@@ -10,7 +10,8 @@ from records.settings import SettingsError, check, option, parse
 class Settings:
     preset: str = option("", "filled by --preset")
     steps: int = option(3250, "optimizer steps")
-    lr: float = option(0.02, "learning rate", least=0, most=1)
+    lr: float = option(0.02, "learning rate")
+    decay: float = option(0.1, "weight decay", least=0, most=1)
     compile: bool = option(True, "whether to compile the model")
     optimizer: str = option("muon", "which optimizer", choices=("muon", "adamw", "turbo-muon"))
     target: float | None = option(3.28, "validation loss to reach")
@@ -123,16 +124,16 @@ def test_mistakes_of_the_program_raise():
 @pytest.mark.parametrize("text, wanted", [("-0.1", "at least 0"), ("inf", "at least 0"), ("-inf", "at least 0"),
                                           ("1.5", "at most 1")])
 def test_numbers_out_of_bounds_are_refused(capsys, text, wanted):
-    assert f"--lr {float(text)} must be {wanted}" in refused(capsys, "--lr", text)
+    assert f"--decay {float(text)} must be {wanted}" in refused(capsys, "--decay", text)
 
 
 def test_bounds_themselves_are_valid():
-    assert settings("--lr", "0").lr == 0 and settings("--lr", "1").lr == 1
+    assert settings("--decay", "0").decay == 0 and settings("--decay", "1").decay == 1
 
 
 def test_check_looks_at_every_field_of_an_instance():
     check(Settings(target=None))
-    with pytest.raises(SettingsError, match="--lr 2 must be at most 1"):
-        check(Settings(lr=2))
+    with pytest.raises(SettingsError, match="--decay 2 must be at most 1"):
+        check(Settings(decay=2))
     with pytest.raises(SettingsError, match="--optimizer expects one of"):
         check(Settings(optimizer="sgd"))
