@@ -11,11 +11,11 @@ class Settings:
     preset: str = option("", "filled by --preset")
     steps: int = option(3250, "optimizer steps")
     lr: float = option(0.02, "learning rate")
-    decay: float = option(0.1, "weight decay", least=0, most=1)
     compile: bool = option(True, "whether to compile the model")
     optimizer: str = option("muon", "which optimizer", choices=("muon", "adamw", "turbo-muon"))
     target: float | None = option(3.28, "validation loss to reach")
     data_folder: str = option("data/text", "folder of the shards")
+    decay: float = option(0.1, "weight decay", least=0, most=1)
 
     def __post_init__(self):
         if self.steps < 1:
