@@ -6,16 +6,16 @@ parameter (the optimizer-state sharding of ZeRO, arXiv 1910.02054). Small or ind
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from .collectives import Pending, Ranks, reject_unsupported
-from .finite import FiniteCheck, parameter_names
+from .collectives import Pending, reject_unsupported
+from .finite import parameter_names
+from .sharded import ShardedOptimizer
 
 SMALLEST_SHARDED = 1 << 16  # elements; below that a second collective costs more than the whole update
 
 
-class Adam(Optimizer):
+class Adam(ShardedOptimizer):
     """AdamW (arXiv 1711.05101) with names and meaning as torch.optim.AdamW; one rank or many.
 
     Gradients are averaged over `process_group` (None: the default group if torch.distributed runs, else this process
@@ -24,35 +24,20 @@ class Adam(Optimizer):
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, process_group=None):
-        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
+        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay),
+                         process_group)
         for group in self.param_groups:
             if min(group["lr"], group["eps"], group["weight_decay"]) < 0 or not all(0 <= b < 1 for b in group["betas"]):
                 raise ValueError("Adam needs lr, eps, weight_decay >= 0 and betas in [0, 1); got "
                                  f"{group['lr']}, {group['eps']}, {group['weight_decay']}, {group['betas']}")
             for name, p in zip(parameter_names(group), group["params"]):
                 reject_unsupported(p, name, "Adam")
-        self.ranks = Ranks(process_group)
-        self.finite = FiniteCheck(self.ranks)
-        self.steps = 0
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        """One update of every parameter that has a gradient; returns closure()'s loss if one is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.finite.poll(before=self.steps)
-        self.steps += 1
+    def _update(self) -> None:
         reduced = [self._reduce(group) for group in self.param_groups]
-        gathered = [self._update(group, work) for group, work in zip(self.param_groups, reduced)]
+        gathered = [self._update_group(group, work) for group, work in zip(self.param_groups, reduced)]
         for pending in (one for group in gathered for one in group):
             pending.wait()
-        return loss
-
-    def check_finite(self) -> None:
-        """Wait for the verdict on every gradient seen so far; raises NonFiniteError."""
-        self.finite.poll()
 
     def _is_sharded(self, p: Tensor) -> bool:
         divides = p.numel() % self.ranks.size == 0 and p.is_contiguous()
@@ -70,7 +55,7 @@ class Adam(Optimizer):
             work.append((name, p, pending))
         return work
 
-    def _update(self, group: dict, work: list[tuple[str, Tensor, Pending]]) -> list[Pending]:
+    def _update_group(self, group: dict, work: list[tuple[str, Tensor, Pending]]) -> list[Pending]:
         params, grads, means, squares, steps = [], [], [], [], []
         for _, p, pending in work:
             grad = pending.wait()

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from .collectives import Ranks, reject_unsupported
-from .finite import FiniteCheck, parameter_names
+from .collectives import reject_unsupported
+from .finite import parameter_names
 from .polar import Polar, get_polar
+from .sharded import ShardedOptimizer
 
 ADJUST_LR = {  # how the learning rate depends on a matrix's (rows, columns); names as in torch.optim.Muon
     "original": lambda rows, columns: math.sqrt(max(1, rows / columns)),
@@ -24,7 +24,7 @@ ADJUST_LR = {  # how the learning rate depends on a matrix's (rows, columns); na
 }
 
 
-class Muon(Optimizer):
+class Muon(ShardedOptimizer):
     """Muon for parameters of two or more dimensions; embeddings, heads, scalars belong to Adam (see optim.route).
 
     A convolution (out, in, kh, kw) is the matrix (out, in·kh·kw). The group option `split=k` treats a parameter as k
@@ -57,15 +57,12 @@ class Muon(Optimizer):
             raise ValueError(f"unknown adjust_lr_fn {adjust_lr_fn!r}: expected one of {', '.join(ADJUST_LR)}")
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
                         adjust_lr_fn=adjust_lr_fn or "original", split=1)
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, process_group)
         for group in self.param_groups:
             if group["lr"] < 0 or group["weight_decay"] < 0 or not 0 <= group["momentum"] < 1:
                 raise ValueError("Muon needs lr >= 0, weight_decay >= 0, 0 <= momentum < 1; got "
                                  f"{group['lr']}, {group['weight_decay']}, {group['momentum']}")
         self.polar = get_polar(polar)
-        self.ranks = Ranks(process_group)
-        self.finite = FiniteCheck(self.ranks)
-        self.steps = 0
         self.banks = [bank for group in self.param_groups for bank in self._make_banks(group)]
 
     def _make_banks(self, group: dict) -> list["Bank"]:
@@ -84,24 +81,11 @@ class Muon(Optimizer):
             bank.params.append(p)
         return list(by_shape.values())
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        """One update of every parameter that has a gradient; returns closure()'s loss if one is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.finite.poll(before=self.steps)
-        self.steps += 1
+    def _update(self) -> None:
         reduced = [(bank, self._reduce(bank)) for bank in self.banks if any(p.grad is not None for p in bank.params)]
         gathered = [(bank, self._orthogonalise(bank, pending.wait())) for bank, pending in reduced]
         for bank, pending in gathered:
             self._apply(bank, pending.wait())
-        return loss
-
-    def check_finite(self) -> None:
-        """Wait for the verdict on every gradient seen so far; raises NonFiniteError."""
-        self.finite.poll()
 
     def _reduce(self, bank: "Bank"):
         first = bank.params[0]
