@@ -5,7 +5,7 @@
 #                                       GPUs -> the FineWeb run on all of them; none, or no way to the data -> local text
 #   ./run.sh test [pytest options]      the tests
 #   ./run.sh train_gpt.py --help        any script of this repository, on every GPU there is
-#   ./run.sh python -m data.fineweb 9   any command, inside the environment
+#   ./run.sh python -m data.fineweb 11   any command, inside the environment
 #
 # PYTHON=python3.12 ./run.sh picks the interpreter of a new environment. Works from any directory; safe to call again.
 set -euo pipefail
@@ -31,10 +31,14 @@ gpus() {
 }
 
 launch() { # SCRIPT [OPTIONS]: one process a GPU, or a plain process without GPUs
-    local count
+    local count processes=1
     count=$(gpus)
     if [ "$count" -gt 0 ]; then
-        exec torchrun --standalone --nproc_per_node="$count" "$@"
+        while [ $((2 * processes)) -le "$count" ]; do # batches divide by 1, 2, 4, 8
+            processes=$((2 * processes))
+        done
+        [ "$processes" -eq "$count" ] || echo "run.sh: using $processes of $count GPUs: a batch must divide" >&2
+        exec torchrun --standalone --nproc_per_node="$processes" "$@"
     fi
     exec python "$@"
 }

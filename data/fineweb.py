@@ -1,6 +1,6 @@
 """Downloads FineWeb-10B as GPT-2 tokens: `python -m data.fineweb N` fetches the validation shard and N train shards.
 
-A shard holds 100M tokens in 200 MB; 9 are enough for a 900M-token run. The files are those of every modded-nanogpt
+A shard holds 100M tokens in 200 MB; 11 are enough for the 839M tokens of the record run. The files are those of every modded-nanogpt
 record: dataset kjj0/fineweb10B-gpt2 on the Hugging Face Hub, at a pinned revision. They arrive in `<folder>/.download`,
 where a broken download is resumed next time; a shard gets its name only after its header, size, token ids and SHA-256
 have been checked.
@@ -35,11 +35,11 @@ def file_names(train_shards: int) -> list[str]:
     """The validation shard's name and those of the first `train_shards` train shards; DataError if not 1 to 103."""
     if not 1 <= train_shards <= TRAIN_SHARDS:
         raise DataError(f"FineWeb-10B has train shards 1 to {TRAIN_SHARDS}, asked for {train_shards}; "
-                        f"run for example: python -m data.fineweb 9")
+                        f"run for example: python -m data.fineweb 11")
     return ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, train_shards + 1)]
 
 
-def ensure(folder=FOLDER, train_shards: int = 9) -> list[Path]:
+def ensure(folder=FOLDER, train_shards: int = 11) -> list[Path]:
     """The paths of the validation shard and of `train_shards` train shards, fetched if any is missing.
 
     If all are there nothing is touched, no network, no lock. Otherwise of many ranks one downloads, the others wait.
@@ -48,7 +48,7 @@ def ensure(folder=FOLDER, train_shards: int = 9) -> list[Path]:
     return paths if all(path.is_file() for path in paths) else download(folder, train_shards)
 
 
-def download(folder=FOLDER, train_shards: int = 9) -> list[Path]:
+def download(folder=FOLDER, train_shards: int = 11) -> list[Path]:
     """Fetches what is missing, checks header, size and token ids of what is there; returns the paths.
 
     DataError if the folder holds another data set, if a shard is damaged, or if the Hub does not deliver; the latter
@@ -79,7 +79,7 @@ def _fetch(folder: Path, name: str, again: str) -> None:
         raise DataError(
             f"{folder / name}: the Hugging Face Hub did not deliver {name} of {REPO['repo_id']} "
             f"({type(error).__name__}: {error}). Try again, it resumes: {again}; or copy the shard into {folder} by "
-            f"hand; or train on local text, without network: ./run.sh --preset local") from error
+            f"hand; or train on local text, without network: ./run.sh train_gpt.py --preset local") from error
     if not re.fullmatch("[0-9a-f]{64}", expected or ""):
         raise DataError(f"{folder / name}: the Hub gave no SHA-256 to check it against (its etag is {expected!r}). "
                         f"Try again: {again}; or copy the shard into {folder} by hand")

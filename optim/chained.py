@@ -15,6 +15,12 @@ class ChainedOptimizer(Optimizer):
     def _share_groups(self) -> None:
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
+    def add_param_group(self, param_group: dict) -> None:
+        if len(self.param_groups) == sum(len(optimizer.param_groups) for optimizer in self.optimizers):
+            raise ValueError("ChainedOptimizer cannot tell whose group this is: add it to one of .optimizers first, "
+                             "and chain them then")
+        super().add_param_group(param_group)
+
     def step(self, closure=None):
         loss = None if closure is None else self.optimizers[0].step(closure)
         for optimizer in self.optimizers[0 if closure is None else 1 :]:

@@ -57,15 +57,24 @@ class Muon(ShardedOptimizer):
             raise ValueError(f"unknown adjust_lr_fn {adjust_lr_fn!r}: expected one of {', '.join(ADJUST_LR)}")
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
                         adjust_lr_fn=adjust_lr_fn or "original", split=1)
-        super().__init__(params, defaults, process_group)
-        for group in self.param_groups:
-            if group["lr"] < 0 or group["weight_decay"] < 0 or not 0 <= group["momentum"] < 1:
-                raise ValueError("Muon needs lr >= 0, weight_decay >= 0, 0 <= momentum < 1; got "
-                                 f"{group['lr']}, {group['weight_decay']}, {group['momentum']}")
         self.polar = get_polar(polar)
+        super().__init__(params, defaults, process_group)
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        self._make_all_banks()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self._make_all_banks()
+
+    def _make_all_banks(self) -> None:
         self.banks = [bank for group in self.param_groups for bank in self._make_banks(group)]
 
     def _make_banks(self, group: dict) -> list["Bank"]:
+        if group["lr"] < 0 or group["weight_decay"] < 0 or not 0 <= group["momentum"] < 1:
+            raise ValueError("Muon needs lr >= 0, weight_decay >= 0, 0 <= momentum < 1; got "
+                             f"{group['lr']}, {group['weight_decay']}, {group['momentum']}")
         by_shape: dict[tuple, Bank] = {}
         for name, p in zip(parameter_names(group), group["params"]):
             reject_unsupported(p, name, "Muon")
@@ -83,8 +92,12 @@ class Muon(ShardedOptimizer):
 
     def _update(self) -> None:
         reduced = [(bank, self._reduce(bank)) for bank in self.banks if any(p.grad is not None for p in bank.params)]
-        gathered = [(bank, self._orthogonalise(bank, pending.wait())) for bank, pending in reduced]
-        for bank, pending in gathered:
+        gathered = [(bank, grads := pending.wait(), self._orthogonalise(bank, grads)) for bank, pending in reduced]
+        for bank, grads, _ in gathered:  # only now: collectives run in the order in which they are asked for
+            first = self.ranks.rank * len(grads)
+            own = list(grads[: max(0, len(bank.params) - first)].unbind())
+            self.finite.push(self.steps, bank.names, own, grads.device, first)
+        for bank, _, pending in gathered:
             self._apply(bank, pending.wait())
 
     def _reduce(self, bank: "Bank"):
@@ -107,7 +120,6 @@ class Muon(ShardedOptimizer):
             grads = grads.div_(self.ranks.size)
         momentum = self._momentum(bank, grads)
         mine = range(self.ranks.rank * len(grads), min((self.ranks.rank + 1) * len(grads), len(bank.params)))
-        self.finite.push(self.steps, bank.names, list(grads[: len(mine)].unbind()), grads.device, first=mine.start)
         asleep = [slot for slot, i in enumerate(mine) if bank.params[i].grad is None]
         kept = momentum[asleep].clone() if asleep else None
         mu = bank.group["momentum"]
@@ -136,10 +148,6 @@ class Muon(ShardedOptimizer):
         params, updates = zip(*awake)
         torch._foreach_mul_(params, 1 - lr * decay)
         torch._foreach_add_(params, updates, alpha=-lr * ADJUST_LR[group["adjust_lr_fn"]](*bank.shape[1:]))
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        self.banks = [bank for group in self.param_groups for bank in self._make_banks(group)]
 
 
 @dataclass

@@ -29,10 +29,11 @@ class Polar:
     bound         divide X by min(1, ‖R²‖_F^¼) as well, R = XXᵀ: as ‖R²‖_F ≥ σ_max⁴, ‖X‖₂ ≤ 1 stays, and it is tight
                   where few singular values dominate, as in real momentum. Costs one n×n product
     form          "newton-schulz", "gram", or "auto": whichever has fewer FLOPs where both are accurate
-    dtype         of storage between products (they accumulate in float32); None: on a GPU float16 after AOL and
-                  bfloat16 otherwise, float32 on a CPU
+    dtype         of storage between products (which accumulate in float32, but for cuBLAS's split sums); None: on a
+                  GPU float16 after AOL and bfloat16 otherwise, float32 on a CPU
     restart       gram form: steps after which Q is applied to X and the Gram matrix computed anew; None: never.
-                  float16 needs it with Frobenius scaling or more than four steps (Dao-AILab's Gram Newton-Schulz)
+                  float16 needs it with Frobenius scaling, more than four steps (Dao-AILab's Gram Newton-Schulz), or
+                  slopes as steep as the minimax ones: rounding of R grows with the square of the slope
     """
 
     coefficients: Coefficients

@@ -83,7 +83,7 @@ def test_ensure_touches_nothing_when_all_is_there(hub, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("damage, said", [
-    ("network", "did not deliver.*ConnectionError: the wire was cut.*Try again, it resumes.*by hand.*run.sh --preset"),
+    ("network", "did not deliver.*ConnectionError: the wire was cut.*Try again, it resumes.*by hand.*run.sh train_gpt.py --preset"),
     ("truncated", r"SHA-256 .*expected .*\(2924 bytes\); it was removed"), ("wrong", "SHA-256 .*expected ")])
 @pytest.mark.parametrize("name", ["fineweb_val_000000.bin", "fineweb_train_000002.bin"])
 def test_damage_leaves_no_shard_and_the_next_try_succeeds(hub, folder, damage, said, name):
@@ -140,7 +140,7 @@ def test_other_data_in_the_folder_is_not_mixed(hub, folder):
 @pytest.mark.parametrize("count", [0, -1, 104])
 def test_shard_numbers(hub, folder, count):
     for call in (fineweb.ensure, fineweb.download):
-        with pytest.raises(DataError, match=f"1 to 103, asked for {count}.*python -m data.fineweb 9"):
+        with pytest.raises(DataError, match=f"1 to 103, asked for {count}.*python -m data.fineweb 11"):
             call(folder, count)
 
 
@@ -162,4 +162,4 @@ def test_command_line(hub, folder, capsys):
     with pytest.raises(SystemExit) as caught:
         fineweb.main(["104"])
     assert "error: FineWeb-10B has train shards 1 to 103" in str(caught.value)
-    assert fineweb.command("data/fineweb10B", 9) == "python -m data.fineweb 9"  # short for the default folder
+    assert fineweb.command("data/fineweb10B", 11) == "python -m data.fineweb 11"  # short for the default folder

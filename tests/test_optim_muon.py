@@ -153,6 +153,11 @@ def test_every_recipe_learns(name):
     assert losses[-1] < 0.25 * losses[0]
 
 
+def test_adam_keeps_its_step_on_the_device_of_a_loaded_state():
+    p = nn.Parameter(torch.zeros(3))
+    assert Adam([p]).param_groups[0]["fused"] is True  # what torch's load_state_dict decides by
+
+
 def test_schedulers_and_hand_written_schedules_reach_every_optimizer():
     model = small_model()
     optimizer = get_optimizer("turbo-muon", route(model), lr=0.02)
@@ -168,6 +173,22 @@ def test_schedulers_and_hand_written_schedules_reach_every_optimizer():
     before = model["square"].weight.detach().clone()
     optimizer.step()
     assert torch.equal(model["square"].weight, before)
+
+
+def test_a_group_added_later_is_trained_and_one_that_would_not_be_is_refused():
+    torch.manual_seed(0)
+    a, b = (nn.Parameter(torch.randn(8, 8)) for _ in range(2))
+    optimizer = Muon([a])
+    a.grad = torch.randn(8, 8)
+    optimizer.step()
+    momentum, before = optimizer.state[a]["momentum_buffer"].clone(), b.detach().clone()
+    optimizer.add_param_group({"params": [b]})
+    a.grad, b.grad = torch.randn(8, 8), torch.randn(8, 8)
+    optimizer.step()
+    assert not torch.equal(b, before)
+    assert torch.allclose(optimizer.state[a]["momentum_buffer"], momentum.lerp(a.grad, 0.05))
+    with pytest.raises(ValueError, match="whose group"):
+        ChainedOptimizer(optimizer).add_param_group({"params": [nn.Parameter(torch.zeros(8, 8))]})
 
 
 def test_closure_is_evaluated_once_with_gradients():

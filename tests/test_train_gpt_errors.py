@@ -170,6 +170,17 @@ def failed(tmp_path, message) -> dict:
     return record
 
 
+def test_a_mistake_of_ours_is_in_the_record_and_its_traceback_on_the_screen(data, tmp_path, monkeypatch):
+    def broken(*_):
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr(train_gpt, "train_step", broken)
+    monkeypatch.setattr(train_gpt, "end_on_signal", lambda message: None)
+    with pytest.raises(KeyError, match="no such thing"):
+        train(data, tmp_path / "records")
+    assert failed(tmp_path, "KeyError: 'no such thing'")["steps"] == 0
+
+
 def test_out_of_gpu_memory_names_the_option_that_takes_less(fails, data, tmp_path, monkeypatch):
     forward, calls = train_gpt.GPT.forward, []
 
