@@ -83,7 +83,8 @@ def test_ensure_touches_nothing_when_all_is_there(hub, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("damage, said", [
-    ("network", "did not deliver.*ConnectionError: the wire was cut.*Try again, it resumes.*by hand.*run.sh train_gpt.py --preset"),
+    ("network", "did not deliver.*ConnectionError: the wire was cut.*Try again, it resumes.*by hand.*"
+                "run.sh train_gpt.py --preset local"),
     ("truncated", r"SHA-256 .*expected .*\(2924 bytes\); it was removed"), ("wrong", "SHA-256 .*expected ")])
 @pytest.mark.parametrize("name", ["fineweb_val_000000.bin", "fineweb_train_000002.bin"])
 def test_damage_leaves_no_shard_and_the_next_try_succeeds(hub, folder, damage, said, name):
