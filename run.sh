@@ -30,9 +30,9 @@ gpus() {
     python -c 'import torch; print(torch.cuda.device_count())'
 }
 
-launch() { # SCRIPT [OPTIONS]: one process a GPU, or a plain process without GPUs
-    local count processes=1
-    count=$(gpus)
+launch() { # COUNT SCRIPT [OPTIONS]: one process for each of COUNT GPUs, or a plain process without GPUs
+    local count=$1 processes=1
+    shift
     if [ "$count" -gt 0 ]; then
         while [ $((2 * processes)) -le "$count" ]; do # batches divide by 1, 2, 4, 8
             processes=$((2 * processes))
@@ -46,9 +46,10 @@ launch() { # SCRIPT [OPTIONS]: one process a GPU, or a plain process without GPU
 set_up
 case "${1:-}" in
     "")
-        if [ "$(gpus)" -gt 0 ]; then
+        count=$(gpus)
+        if [ "$count" -gt 0 ]; then
             if python -m data.fineweb 11; then
-                launch train_gpt.py --preset record
+                launch "$count" train_gpt.py --preset record
             fi
             echo "run.sh: no FineWeb shards (see above): training on the embedded local text instead" >&2
         fi
@@ -59,7 +60,7 @@ case "${1:-}" in
         exec python -m pytest "$@"
         ;;
     *.py)
-        launch "$@"
+        launch "$(gpus)" "$@"
         ;;
     *)
         exec "$@"

@@ -1,6 +1,6 @@
 """Downloads FineWeb-10B as GPT-2 tokens: `python -m data.fineweb N` fetches the validation shard and N train shards.
 
-A shard holds 100M tokens in 200 MB; 11 are enough for the 839M tokens of the record run. The files are those of every modded-nanogpt
+A shard holds 100M tokens in 200 MB; 11 suffice for the record run. The files are those of every modded-nanogpt
 record: dataset kjj0/fineweb10B-gpt2 on the Hugging Face Hub, at a pinned revision. They arrive in `<folder>/.download`,
 where a broken download is resumed next time; a shard gets its name only after its header, size, token ids and SHA-256
 have been checked.

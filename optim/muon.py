@@ -94,9 +94,8 @@ class Muon(ShardedOptimizer):
         reduced = [(bank, self._reduce(bank)) for bank in self.banks if any(p.grad is not None for p in bank.params)]
         gathered = [(bank, grads := pending.wait(), self._orthogonalise(bank, grads)) for bank, pending in reduced]
         for bank, grads, _ in gathered:  # only now: collectives run in the order in which they are asked for
-            first = self.ranks.rank * len(grads)
-            own = list(grads[: max(0, len(bank.params) - first)].unbind())
-            self.finite.push(self.steps, bank.names, own, grads.device, first)
+            own = self._own(bank, grads)
+            self.finite.push(self.steps, bank.names, list(grads[: len(own)].unbind()), grads.device, own.start)
         for bank, _, pending in gathered:
             self._apply(bank, pending.wait())
 
@@ -114,13 +113,17 @@ class Muon(ShardedOptimizer):
         torch._foreach_copy_(slots, grads)
         return self.ranks.reduce_scatter(stacked)
 
+    def _own(self, bank: "Bank", share: Tensor) -> range:
+        """Which of the bank's parameters this rank's share (k, …) holds; fewer than k where padding begins."""
+        first = self.ranks.rank * len(share)
+        return range(first, max(first, min(first + len(share), len(bank.params))))
+
     def _orthogonalise(self, bank: "Bank", grads: Tensor):
         """grads: (share, split, n, m), summed over ranks. Momentum and polar factor of this rank's slice, gathered."""
         if self.ranks.size > 1:
             grads = grads.div_(self.ranks.size)
         momentum = self._momentum(bank, grads)
-        mine = range(self.ranks.rank * len(grads), min((self.ranks.rank + 1) * len(grads), len(bank.params)))
-        asleep = [slot for slot, i in enumerate(mine) if bank.params[i].grad is None]
+        asleep = [slot for slot, i in enumerate(self._own(bank, grads)) if bank.params[i].grad is None]
         kept = momentum[asleep].clone() if asleep else None
         mu = bank.group["momentum"]
         momentum.lerp_(grads, 1 - mu)
@@ -133,8 +136,7 @@ class Muon(ShardedOptimizer):
         """This rank's momentum, (share, split, n, m); state[p]["momentum_buffer"] are views of it."""
         if bank.momentum is None:
             bank.momentum = torch.zeros_like(grads)
-            start = self.ranks.rank * len(grads)
-            for slot, p in zip(bank.momentum, bank.params[start : start + len(grads)]):
+            for slot, p in zip(bank.momentum, (bank.params[i] for i in self._own(bank, grads))):
                 if "momentum_buffer" in self.state[p]:  # loaded from a checkpoint
                     slot.copy_(self.state[p]["momentum_buffer"].reshape(bank.shape))
                 self.state[p]["momentum_buffer"] = slot.view(p.shape)

@@ -153,7 +153,7 @@ def test_every_recipe_learns(name):
     assert losses[-1] < 0.25 * losses[0]
 
 
-def test_adam_keeps_its_step_on_the_device_of_a_loaded_state():
+def test_adam_groups_are_marked_fused_so_that_torch_loads_their_step_to_the_device():
     p = nn.Parameter(torch.zeros(3))
     assert Adam([p]).param_groups[0]["fused"] is True  # what torch's load_state_dict decides by
 
