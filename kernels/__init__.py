@@ -1,0 +1,30 @@
+"""Triton kernels. Each file: the formula, what fusing it saves, the kernels, a launcher; its eager twin is named there.
+
+They need an NVIDIA GPU of compute capability 9.0 (H100, H200) or newer, or Triton's interpreter (TRITON_INTERPRET=1),
+which runs them slowly on a CPU. This package imports nothing of ours but in bench.py.
+"""
+
+import os
+
+import torch
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why the kernels cannot run on `device`, or None if they can."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda" or torch.version.hip:
+        return f"they need an NVIDIA GPU, not {'an AMD one' if torch.version.hip else device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (9, 0):
+        return f"they need compute capability 9.0 (H100) or newer, not {'.'.join(map(str, capability))}"
+    return None
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Programs that run at once: the size of a persistent grid. The interpreter gets 3, so that tests cross it."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

@@ -1,0 +1,261 @@
+"""Products of symmetric matrices that commute, so that the result is symmetric: half the tiles, each written twice.
+
+    gram      Γ = U Uᵀ, and the sums Σ_j |Γ_ij| r_j that AOL scaling needs            (arXiv 2512.04632)
+    product   P = A B and, in the same launch, what a Gram Newton-Schulz step makes of it (see gram_newton_schulz.py)
+
+Only tiles that touch the upper triangle are computed, n³ FLOPs a product instead of 2n³, and each is stored as it is and
+transposed. Sums, norms, αP + βD + γI and the scaling of columns happen while a tile is still in registers, so none of
+them costs a pass over memory. As B is symmetric, its rows serve as its columns: both operands are read along their rows,
+by the copy engine (tensor descriptors), from one persistent grid.
+
+All n×n matrices live in one tensor, the arena (slots · batch, N, N), N a multiple of the tile. A launch names slots.
+Every sum is taken in a fixed order (no atomics): the same input gives the same bits. Eager twin: optim/polar.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import multiprocessors
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product is cut: rows × columns of a tile, depth of a stage, warps, stages, tile columns in a super-row."""
+
+    rows: int
+    columns: int  # rows, or twice as many
+    depth: int = 64
+    warps: int = 4
+    stages: int = 4
+    group: int = 8
+    flatten: bool = True
+
+    def count(self, n: int) -> int:
+        """Tiles of the upper triangle of an n×n matrix, n a multiple of `columns`."""
+        blocks = n // self.columns
+        return self.columns // self.rows * blocks * (blocks + 1) // 2
+
+
+@triton.jit
+def _triangle(i):
+    return i * (i + 1) // 2
+
+
+@triton.jit
+def _triangle_root(t):
+    """The largest i with i(i+1)/2 ≤ t."""
+    i = ((tl.sqrt((8 * t + 1).to(tl.float32)) - 1) * 0.5).to(tl.int32)
+    i = tl.where(_triangle(i) > t, i - 1, i)
+    return tl.where(_triangle(i + 1) <= t, i + 1, i)
+
+
+@triton.jit
+def _upper_tile(t, column_blocks, RATIO: tl.constexpr, GROUP: tl.constexpr):
+    """Tile t of the upper triangle -> (row block, column block), column block = RATIO row blocks wide.
+
+    GROUP columns go together, row by row, so that programs at work at one time share rows and columns in the L2.
+    """
+    first = _triangle_root(t // RATIO) // GROUP * GROUP
+    width = tl.minimum(GROUP, column_blocks - first)
+    local = t - RATIO * _triangle(first)
+    rectangle = RATIO * first * width  # above the group's own triangle
+    rest = tl.maximum(local - rectangle, 0)
+    column = _triangle_root(rest // RATIO)
+    inside = local < rectangle
+    row = tl.where(inside, local // width, RATIO * first + rest - RATIO * _triangle(column))
+    return row, first + tl.where(inside, local % width, column)
+
+
+@triton.jit
+def _bound(norms, z, pieces):
+    """min(1, ‖S‖_F^½), S = R², from the sums of squares of its pieces: at least the largest eigenvalue of R."""
+    total = tl.zeros((256,), dtype=tl.float32)
+    for start in range(0, pieces, 256):
+        i = start + tl.arange(0, 256)
+        total += tl.load(norms + z.to(tl.int64) * pieces + i, mask=i < pieces, other=0.0)
+    bound = tl.sqrt(tl.sqrt(tl.sum(total)))
+    return tl.where(bound < 1e-30, 1e-30, tl.where(bound > 1, 1.0, bound))  # NaN stays NaN
+
+
+@triton.jit
+def _store(tile, out, row, column, base, mirrored):
+    out.store([base + row, column], tile.to(out.dtype))
+    if mirrored:
+        out.store([base + column, row], tl.trans(tile).to(out.dtype))
+
+
+@triton.jit
+def _epilogue(acc, out, sums, weights, norms, scales, z, pieces, piece, row, column, base, base_1, base_2, base_w, a,
+              b, c, N, MODE: tl.constexpr, BOUND: tl.constexpr, SCALE: tl.constexpr, SIZE: tl.constexpr):
+    """One SIZE × SIZE piece of P = acc at (row, column) of matrix z, on or above the diagonal."""
+    rows, columns = row + tl.arange(0, SIZE), column + tl.arange(0, SIZE)
+    mirrored = row < column
+    if row == column:  # rounding differs by the order of factors; a lasting asymmetry would grow from step to step
+        acc = tl.where(rows[:, None] <= columns[None, :], acc, tl.trans(acc))
+    vector = z.to(tl.int64) * N
+    if MODE == "gram":
+        size = tl.abs(acc)
+        slot = sums + vector * (N // SIZE)
+        tl.store(slot + (column // SIZE) * N + rows, tl.sum(size * tl.load(weights + vector + columns)[None, :], 1))
+        if mirrored:
+            tl.store(slot + (row // SIZE) * N + columns, tl.sum(size * tl.load(weights + vector + rows)[:, None], 0))
+    if MODE == "square":
+        tl.store(norms + z.to(tl.int64) * pieces + piece, tl.sum(acc * acc) * tl.where(mirrored, 2.0, 1.0))
+    identity = tl.where(rows[:, None] == columns[None, :], a, 0.0)
+    if MODE == "first":  # P = RS:  W = aI + bR + cS,  V = WR = aR + bS + cP,  R and S as after division by the bound
+        t = 1.0
+        if BOUND:
+            t = 1 / _bound(norms, z, pieces)
+        r = out.load([base_1 + row, column]).to(tl.float32) * t
+        s = out.load([base_2 + row, column]).to(tl.float32) * (t * t)
+        acc = a * r + b * s + (c * t * t * t) * acc
+        _store(identity + b * r + c * s, out, row, column, base_w, mirrored)
+    if MODE == "polynomial":  # P = RR:  W = aI + bR + cP
+        acc = identity + b * out.load([base_1 + row, column]).to(tl.float32) + c * acc
+    if SCALE:  # columns, so the result is not symmetric any more
+        t = 1.0
+        if BOUND:
+            t = tl.rsqrt(_bound(norms, z, pieces))
+        along_row = tl.load(scales + vector + columns) * t
+        out.store([base + row, column], (acc * along_row[None, :]).to(out.dtype))
+        if mirrored:
+            along_column = tl.load(scales + vector + rows) * t
+            out.store([base + column, row], tl.trans(acc * along_column[:, None]).to(out.dtype))
+    else:
+        _store(acc, out, row, column, base, mirrored)
+
+
+_NUMBERS = ["batch", "matrices", "left_0", "left_1", "right_0", "out_0", "out_1", "add_1", "add_2", "out_w", "pieces"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)  # else each new count or slot could mean another compilation
+def _product_kernel(left, right, out, sums, weights, norms, scales, batch, matrices, N, K, left_0, left_1,
+                    right_0, out_0, out_1, add_1, add_2, out_w, pieces, a, b, c, MODE: tl.constexpr, BOUND: tl.constexpr,
+                    SCALE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+                    GROUP: tl.constexpr, FLATTEN: tl.constexpr):
+    RATIO: tl.constexpr = COLUMNS // ROWS
+    column_blocks = N // COLUMNS
+    tiles = RATIO * _triangle(column_blocks)
+    for index in tl.range(tl.program_id(0), matrices * tiles, tl.num_programs(0), flatten=FLATTEN):
+        y = index // tiles
+        z = y % batch
+        row_block, column_block = _upper_tile(index % tiles, column_blocks, RATIO, GROUP)
+        row, column = row_block * ROWS, column_block * COLUMNS
+        first = y < batch
+        left_row = (tl.where(first, left_0, left_1) + z) * N + row
+        right_row = (right_0 + z) * N + column
+        acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        for k in tl.range(0, K, DEPTH):
+            acc = tl.dot(left.load([left_row, k]), right.load([right_row, k]).T, acc)
+        base = (tl.where(first, out_0, out_1) + z) * N
+        base_1, base_2, base_w = (add_1 + z) * N, (add_2 + z) * N, (out_w + z) * N
+        piece = (index % tiles) * RATIO
+        if RATIO == 1:
+            _epilogue(acc, out, sums, weights, norms, scales, z, pieces, piece, row, column, base, base_1,
+                      base_2, base_w, a, b, c, N, MODE, BOUND, SCALE, ROWS)
+        else:
+            one, two = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, ROWS)), (0, 2, 1)))
+            if row <= column:
+                _epilogue(one, out, sums, weights, norms, scales, z, pieces, piece, row, column, base, base_1,
+                          base_2, base_w, a, b, c, N, MODE, BOUND, SCALE, ROWS)
+            elif MODE == "square":
+                tl.store(norms + z.to(tl.int64) * pieces + piece, 0.0)
+            _epilogue(two, out, sums, weights, norms, scales, z, pieces, piece + 1, row, column + ROWS, base,
+                      base_1, base_2, base_w, a, b, c, N, MODE, BOUND, SCALE, ROWS)
+
+
+@triton.jit
+def _total(sums, at, slots, N, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for slot in range(slots):
+        total += tl.load(sums + slot * N + at)
+    return total
+
+
+@triton.jit
+def _scale_kernel(arena, sums, weights, scales, N, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """R = diag(t) Γ diag(t) in place, t_i = (r_i / Σ_j |Γ_ij| r_j)^½; also writes t. Programs (batch, blocks, blocks)."""
+    z = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    slots = N // ROWS
+    sums += z * N * slots
+    row_sum, column_sum = _total(sums, rows, slots, N, BLOCK), _total(sums, columns, slots, N, BLOCK)
+    row_norm, column_norm = tl.load(weights + z * N + rows), tl.load(weights + z * N + columns)
+    row_scale = tl.sqrt(row_norm / tl.where(row_sum == 0, 1.0, row_sum))
+    column_scale = tl.sqrt(column_norm / tl.where(column_sum == 0, 1.0, column_sum))
+    where = arena + (z * N + rows[:, None]) * N + columns[None, :]
+    scaled = tl.load(where).to(tl.float32) * row_scale[:, None] * column_scale[None, :]
+    tl.store(where, scaled.to(arena.dtype.element_ty))
+    if tl.program_id(2) == 0:
+        tl.store(scales + z * N + rows, row_scale)
+
+
+class Arena:
+    """Slots of (batch, N, N) matrices and the vectors that go with them, and the launches that work on them.
+
+    slots   matrices kept for each matrix of the batch
+    batch   matrices; n their size; dtype torch.float16 or torch.bfloat16
+    tiles   how products are cut; N = n rounded up to its columns. Rows and columns beyond n stay out of every result.
+    """
+
+    def __init__(self, slots: int, batch: int, n: int, dtype: torch.dtype, device: torch.device, tiles: Tiles):
+        self.batch, self.n, self.tiles = batch, -(-n // tiles.columns) * tiles.columns, tiles
+        self.matrices = torch.empty(slots, batch, self.n, self.n, dtype=dtype, device=device)
+        vectors = dict(dtype=torch.float32, device=device)
+        self.weights = torch.zeros(batch, self.n, **vectors)  # r: norms of the rows
+        self.scales = torch.empty(batch, self.n, **vectors)  # t
+        self.sums = torch.empty(batch, self.n // tiles.rows, self.n, **vectors)  # Σ_j |Γ_ij| r_j by blocks of j
+        self.pieces = tiles.count(self.n) * (tiles.columns // tiles.rows)
+        self.norms = torch.empty(batch, self.pieces, **vectors)  # ‖S‖_F² by pieces of tiles
+        self.programs = multiprocessors(device)
+        flat = self.matrices.view(-1, self.n)
+        t = tiles
+        self.left, self.right, self.out = (TensorDescriptor.from_tensor(flat, [rows, columns]) for rows, columns in
+                                           ((t.rows, t.depth), (t.columns, t.depth), (t.rows, t.rows)))
+
+    def gram(self, unit: Tensor, first: int = 0) -> None:
+        """Slot 0, matrices first … first + b: Γ of unit (b, N, M), unit rows in the arena's dtype, M a multiple of the
+        depth; and the sums, weighted with `self.weights`, which must hold the norms of the rows."""
+        flat = unit.view(-1, unit.size(-1))
+        left, right = (TensorDescriptor.from_tensor(flat, [rows, self.tiles.depth])
+                       for rows in (self.tiles.rows, self.tiles.columns))
+        self._launch("gram", left, right, unit.size(0), unit.size(-1), vectors=first, out=(first, 0))
+
+    def scale(self) -> None:
+        """Slot 0: Γ -> R = diag(t) Γ diag(t)."""
+        block = min(64, self.tiles.rows)
+        grid = (self.batch, self.n // block, self.n // block)
+        _scale_kernel[grid](self.matrices, self.sums, self.weights, self.scales, self.n, BLOCK=block,
+                            ROWS=self.tiles.rows)
+
+    def product(self, mode: str, left: tuple[int, ...], right: int, out: tuple[int, ...], *, add=(0, 0), out_w: int = 0,
+                coefficients=(0.0, 0.0, 0.0), bound: bool = False, scale: bool = False) -> None:
+        """out ← left · right, slots by number; with two of each, out[i] ← left[i] · right in one launch.
+
+        mode  "plain";  "square": also ‖out‖_F for the bound;  "polynomial": aI + b·add[0] + c·product;
+              "first": W = aI + bR + cS into out_w and V = WR into out, R = add[0], S = add[1], product = RS
+        bound divide R by min(1, ‖S‖_F^½), S by its square (mode "first"); scale by its inverse root (`scale`)
+        scale multiply columns by t
+        """
+        b = self.batch
+        left, out = tuple(b * slot for slot in left), tuple(b * slot for slot in out)
+        self._launch(mode, self.left, self.right, b * len(left), self.n, left=(left[0], left[-1]), right=b * right,
+                     out=(out[0], out[-1]), add=(b * add[0], b * add[1]), out_w=b * out_w, coefficients=coefficients,
+                     bound=bound, scale=scale)
+
+    def _launch(self, mode, left_rows, right_rows, matrices, depth, *, vectors=0, left=(0, 0), right=0, out=(0, 0),
+                add=(0, 0), out_w=0, coefficients=(0.0, 0.0, 0.0), bound=False, scale=False):
+        t = self.tiles
+        programs = min(self.programs, matrices * t.count(self.n))
+        batch = matrices if mode == "gram" else self.batch
+        _product_kernel[(programs,)](
+            left_rows, right_rows, self.out, self.sums[vectors:], self.weights[vectors:], self.norms,
+            self.scales, batch, matrices, self.n, depth, *left, right, *out, *add, out_w, self.pieces, *coefficients, MODE=mode,
+            BOUND=bound, SCALE=scale, ROWS=t.rows, COLUMNS=t.columns, DEPTH=t.depth, GROUP=t.group,
+            FLATTEN=t.flatten, num_warps=t.warps, num_stages=t.stages)
