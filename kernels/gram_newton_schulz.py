@@ -96,27 +96,43 @@ class Plan:
             arena.gram(unit, first)
             first += len(unit)
         arena.scale()
-        last = len(self.coefficients) - 1
         w, q, spare = 2, 3, 4
-        arena.product("square", (_R,), _R, (spare,))
-        arena.product("first", (_R,), spare, (_V,), add=(_R, spare), out_w=w, coefficients=self.coefficients[0],
-                      bound=self.bound)
-        arena.product("plain", (w,), _V, (_R,))
-        w, q = q, w  # W of the first step is Q
-        for step in range(1, last + 1):
-            arena.product("polynomial", (_R,), _R, (w,), add=(_R, _R), coefficients=self.coefficients[step])
-            if step < last:
+        last = len(self.coefficients) - 1
+        for step, abc in enumerate(self.coefficients):
+            bounded = self.bound and step == 0
+            if bounded:
+                arena.product("square", (_R,), _R, (spare,))
+                arena.bounded_polynomial(_R, spare, w, abc)
+            else:
+                arena.product("polynomial", (_R,), _R, (w,), r=_R, coefficients=abc)
+            if step == 0:
+                arena.product("divided" if bounded else "plain", (_R,), w, (_V,))
+                w, q = q, w  # W of the first step is Q
+                arena.product("plain", (q,), _V, (_R,))
+            elif step < last:
                 arena.product("plain", (q, _R), w, (spare, _V))
                 arena.product("plain", (w,), _V, (_R,))
+                w, q, spare = q, spare, w
             else:
-                arena.product("plain", (q,), w, (spare,), bound=self.bound, scale=True)
-            w, q, spare = q, spare, w
-        self.result = q
+                arena.product("scaled", (q,), w, (spare,))
+                self.result = spare
 
 
 @lru_cache(maxsize=64)
 def _plan(shapes, coefficients, bound, dtype, device, stream, tiles) -> Plan:
     return Plan(shapes, coefficients, bound, dtype, device, tiles)
+
+
+@torch.library.custom_op("turborun::gram_newton_schulz", mutates_args=())
+def _operator(matrices: Sequence[Tensor], coefficients: Sequence[float], bound: bool,
+              dtype: torch.dtype) -> list[Tensor]:
+    steps = tuple(tuple(coefficients[i : i + 3]) for i in range(0, len(coefficients), 3))
+    return orthogonalise(matrices, steps, bound=bound, dtype=dtype)
+
+
+@_operator.register_fake
+def _(matrices, coefficients, bound, dtype):
+    return [x.new_empty(x.shape, dtype=dtype) for x in matrices]
 
 
 def orthogonalise(matrices: Sequence[Tensor], coefficients: Coefficients, *, bound: bool = False,
@@ -130,6 +146,8 @@ def orthogonalise(matrices: Sequence[Tensor], coefficients: Coefficients, *, bou
     if len(coefficients) < 2 or dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"orthogonalise needs at least two steps and float16 or bfloat16, got {len(coefficients)} "
                          f"steps and {dtype}")
+    if torch.compiler.is_compiling():
+        return _operator(list(matrices), [float(c) for step in coefficients for c in step], bound, dtype)
     groups: dict[int, list[int]] = {}
     wide = []
     for i, x in enumerate(matrices):

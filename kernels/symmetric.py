@@ -72,17 +72,6 @@ def _upper_tile(t, column_blocks, RATIO: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _bound(norms, z, pieces):
-    """min(1, ‖S‖_F^½), S = R², from the sums of squares of its pieces: at least the largest eigenvalue of R."""
-    total = tl.zeros((256,), dtype=tl.float32)
-    for start in range(0, pieces, 256):
-        i = start + tl.arange(0, 256)
-        total += tl.load(norms + z.to(tl.int64) * pieces + i, mask=i < pieces, other=0.0)
-    bound = tl.sqrt(tl.sqrt(tl.sum(total)))
-    return tl.where(bound < 1e-30, 1e-30, tl.where(bound > 1, 1.0, bound))  # NaN stays NaN
-
-
-@triton.jit
 def _store(tile, out, row, column, base, mirrored):
     out.store([base + row, column], tile.to(out.dtype))
     if mirrored:
@@ -90,8 +79,8 @@ def _store(tile, out, row, column, base, mirrored):
 
 
 @triton.jit
-def _epilogue(acc, out, sums, weights, norms, scales, z, pieces, piece, row, column, base, base_1, base_2, base_w, a,
-              b, c, N, MODE: tl.constexpr, BOUND: tl.constexpr, SCALE: tl.constexpr, SIZE: tl.constexpr):
+def _epilogue(acc, out, sums, weights, norms, bounds, scales, z, pieces, piece, row, column, base, base_r, a, b, c, N,
+              MODE: tl.constexpr, SIZE: tl.constexpr):
     """One SIZE × SIZE piece of P = acc at (row, column) of matrix z, on or above the diagonal."""
     rows, columns = row + tl.arange(0, SIZE), column + tl.arange(0, SIZE)
     mirrored = row < column
@@ -106,38 +95,28 @@ def _epilogue(acc, out, sums, weights, norms, scales, z, pieces, piece, row, col
             tl.store(slot + (row // SIZE) * N + columns, tl.sum(size * tl.load(weights + vector + rows)[:, None], 0))
     if MODE == "square":
         tl.store(norms + z.to(tl.int64) * pieces + piece, tl.sum(acc * acc) * tl.where(mirrored, 2.0, 1.0))
-    identity = tl.where(rows[:, None] == columns[None, :], a, 0.0)
-    if MODE == "first":  # P = RS:  W = aI + bR + cS,  V = WR = aR + bS + cP,  R and S as after division by the bound
-        t = 1.0
-        if BOUND:
-            t = 1 / _bound(norms, z, pieces)
-        r = out.load([base_1 + row, column]).to(tl.float32) * t
-        s = out.load([base_2 + row, column]).to(tl.float32) * (t * t)
-        acc = a * r + b * s + (c * t * t * t) * acc
-        _store(identity + b * r + c * s, out, row, column, base_w, mirrored)
+    if MODE == "divided":
+        acc = acc / tl.load(bounds + z)
     if MODE == "polynomial":  # P = RR:  W = aI + bR + cP
-        acc = identity + b * out.load([base_1 + row, column]).to(tl.float32) + c * acc
-    if SCALE:  # columns, so the result is not symmetric any more
-        t = 1.0
-        if BOUND:
-            t = tl.rsqrt(_bound(norms, z, pieces))
-        along_row = tl.load(scales + vector + columns) * t
+        identity = tl.where(rows[:, None] == columns[None, :], a, 0.0)
+        acc = identity + b * out.load([base_r + row, column]).to(tl.float32) + c * acc
+    if MODE == "scaled":  # columns, so the result is not symmetric any more
+        along_row = tl.load(scales + vector + columns)
         out.store([base + row, column], (acc * along_row[None, :]).to(out.dtype))
         if mirrored:
-            along_column = tl.load(scales + vector + rows) * t
+            along_column = tl.load(scales + vector + rows)
             out.store([base + column, row], tl.trans(acc * along_column[:, None]).to(out.dtype))
     else:
         _store(acc, out, row, column, base, mirrored)
 
 
-_NUMBERS = ["batch", "matrices", "left_0", "left_1", "right_0", "out_0", "out_1", "add_1", "add_2", "out_w", "pieces"]
+_NUMBERS = ["batch", "matrices", "left_0", "left_1", "right_0", "out_0", "out_1", "r", "pieces"]
 
 
 @triton.jit(do_not_specialize=_NUMBERS)  # else each new count or slot could mean another compilation
-def _product_kernel(left, right, out, sums, weights, norms, scales, batch, matrices, N, K, left_0, left_1,
-                    right_0, out_0, out_1, add_1, add_2, out_w, pieces, a, b, c, MODE: tl.constexpr, BOUND: tl.constexpr,
-                    SCALE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-                    GROUP: tl.constexpr, FLATTEN: tl.constexpr):
+def _product_kernel(left, right, out, sums, weights, norms, bounds, scales, batch, matrices, N, K, left_0, left_1,
+                    right_0, out_0, out_1, r, pieces, a, b, c, MODE: tl.constexpr, ROWS: tl.constexpr,
+                    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr):
     RATIO: tl.constexpr = COLUMNS // ROWS
     column_blocks = N // COLUMNS
     tiles = RATIO * _triangle(column_blocks)
@@ -153,20 +132,20 @@ def _product_kernel(left, right, out, sums, weights, norms, scales, batch, matri
         for k in tl.range(0, K, DEPTH):
             acc = tl.dot(left.load([left_row, k]), right.load([right_row, k]).T, acc)
         base = (tl.where(first, out_0, out_1) + z) * N
-        base_1, base_2, base_w = (add_1 + z) * N, (add_2 + z) * N, (out_w + z) * N
+        base_r = (r + z) * N
         piece = (index % tiles) * RATIO
         if RATIO == 1:
-            _epilogue(acc, out, sums, weights, norms, scales, z, pieces, piece, row, column, base, base_1,
-                      base_2, base_w, a, b, c, N, MODE, BOUND, SCALE, ROWS)
+            _epilogue(acc, out, sums, weights, norms, bounds, scales, z, pieces, piece, row, column, base, base_r, a, b,
+                      c, N, MODE, ROWS)
         else:
             one, two = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, ROWS)), (0, 2, 1)))
             if row <= column:
-                _epilogue(one, out, sums, weights, norms, scales, z, pieces, piece, row, column, base, base_1,
-                          base_2, base_w, a, b, c, N, MODE, BOUND, SCALE, ROWS)
+                _epilogue(one, out, sums, weights, norms, bounds, scales, z, pieces, piece, row, column, base, base_r,
+                          a, b, c, N, MODE, ROWS)
             elif MODE == "square":
                 tl.store(norms + z.to(tl.int64) * pieces + piece, 0.0)
-            _epilogue(two, out, sums, weights, norms, scales, z, pieces, piece + 1, row, column + ROWS, base,
-                      base_1, base_2, base_w, a, b, c, N, MODE, BOUND, SCALE, ROWS)
+            _epilogue(two, out, sums, weights, norms, bounds, scales, z, pieces, piece + 1, row, column + ROWS, base,
+                      base_r, a, b, c, N, MODE, ROWS)
 
 
 @triton.jit
@@ -196,6 +175,32 @@ def _scale_kernel(arena, sums, weights, scales, N, BLOCK: tl.constexpr, ROWS: tl
         tl.store(scales + z * N + rows, row_scale)
 
 
+@triton.jit(do_not_specialize=["pieces", "r", "s", "w"])
+def _bounded_kernel(matrices, norms, bounds, scales, N, pieces, r, s, w, a, b, c, BLOCK: tl.constexpr):
+    """W = aI + bR + cS of R and S after division by the bound β = min(1, ‖S‖_F^½); writes β, divides t by its root."""
+    z = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((256,), dtype=tl.float32)
+    for start in range(0, pieces, 256):
+        i = start + tl.arange(0, 256)
+        total += tl.load(norms + z * pieces + i, mask=i < pieces, other=0.0)
+    bound = tl.sqrt(tl.sqrt(tl.sum(total)))
+    bound = tl.where((bound < 1e-6) | (bound > 1), 1.0, bound)  # after AOL only zeros are so small; NaN stays NaN
+    where = (z * N + rows[:, None]) * N + columns[None, :]
+    area = N.to(tl.int64) * N
+    value_r = tl.load(matrices + r * area + where).to(tl.float32)
+    value_s = tl.load(matrices + s * area + where).to(tl.float32)
+    identity = tl.where(rows[:, None] == columns[None, :], a, 0.0)
+    value = identity + (b / bound) * value_r + (c / bound / bound) * value_s
+    tl.store(matrices + w * area + where, value.to(matrices.dtype.element_ty))
+    if tl.program_id(2) == 0:
+        at = scales + z * N + rows
+        tl.store(at, tl.load(at) / tl.sqrt(bound))
+        if tl.program_id(1) == 0:
+            tl.store(bounds + z, bound)
+
+
 class Arena:
     """Slots of (batch, N, N) matrices and the vectors that go with them, and the launches that work on them.
 
@@ -213,6 +218,7 @@ class Arena:
         self.sums = torch.empty(batch, self.n // tiles.rows, self.n, **vectors)  # Σ_j |Γ_ij| r_j by blocks of j
         self.pieces = tiles.count(self.n) * (tiles.columns // tiles.rows)
         self.norms = torch.empty(batch, self.pieces, **vectors)  # ‖S‖_F² by pieces of tiles
+        self.bounds = torch.empty(batch, **vectors)  # β
         self.programs = multiprocessors(device)
         flat = self.matrices.view(-1, self.n)
         t = tiles
@@ -234,28 +240,34 @@ class Arena:
         _scale_kernel[grid](self.matrices, self.sums, self.weights, self.scales, self.n, BLOCK=block,
                             ROWS=self.tiles.rows)
 
-    def product(self, mode: str, left: tuple[int, ...], right: int, out: tuple[int, ...], *, add=(0, 0), out_w: int = 0,
-                coefficients=(0.0, 0.0, 0.0), bound: bool = False, scale: bool = False) -> None:
+    def bounded_polynomial(self, r: int, s: int, w: int, coefficients: tuple[float, float, float]) -> None:
+        """Slot w ← aI + bR/β + cS/β² with R in slot r and S, a "square", in slot s; β goes into `self.bounds`, which
+        mode "divided" reads, and its inverse root into `self.scales`."""
+        block = min(64, self.tiles.rows)
+        grid = (self.batch, self.n // block, self.n // block)
+        b = self.batch
+        _bounded_kernel[grid](self.matrices, self.norms, self.bounds, self.scales, self.n, self.pieces, b * r, b * s,
+                              b * w, *coefficients, BLOCK=block)
+
+    def product(self, mode: str, left: tuple[int, ...], right: int, out: tuple[int, ...], *, r: int = 0,
+                coefficients=(0.0, 0.0, 0.0)) -> None:
         """out ← left · right, slots by number; with two of each, out[i] ← left[i] · right in one launch.
 
-        mode  "plain";  "square": also ‖out‖_F for the bound;  "polynomial": aI + b·add[0] + c·product;
-              "first": W = aI + bR + cS into out_w and V = WR into out, R = add[0], S = add[1], product = RS
-        bound divide R by min(1, ‖S‖_F^½), S by its square (mode "first"); scale by its inverse root (`scale`)
-        scale multiply columns by t
+        mode  "plain"; "square": also ‖out‖_F² into `self.norms`; "divided": by β; "scaled": columns times t;
+              "polynomial": aI + bR + c·product with R in slot r
         """
         b = self.batch
         left, out = tuple(b * slot for slot in left), tuple(b * slot for slot in out)
         self._launch(mode, self.left, self.right, b * len(left), self.n, left=(left[0], left[-1]), right=b * right,
-                     out=(out[0], out[-1]), add=(b * add[0], b * add[1]), out_w=b * out_w, coefficients=coefficients,
-                     bound=bound, scale=scale)
+                     out=(out[0], out[-1]), r=b * r, coefficients=coefficients)
 
-    def _launch(self, mode, left_rows, right_rows, matrices, depth, *, vectors=0, left=(0, 0), right=0, out=(0, 0),
-                add=(0, 0), out_w=0, coefficients=(0.0, 0.0, 0.0), bound=False, scale=False):
+    def _launch(self, mode, left_rows, right_rows, matrices, depth, *, vectors=0, left=(0, 0), right=0, out=(0, 0), r=0,
+                coefficients=(0.0, 0.0, 0.0)):
         t = self.tiles
         programs = min(self.programs, matrices * t.count(self.n))
         batch = matrices if mode == "gram" else self.batch
         _product_kernel[(programs,)](
-            left_rows, right_rows, self.out, self.sums[vectors:], self.weights[vectors:], self.norms,
-            self.scales, batch, matrices, self.n, depth, *left, right, *out, *add, out_w, self.pieces, *coefficients, MODE=mode,
-            BOUND=bound, SCALE=scale, ROWS=t.rows, COLUMNS=t.columns, DEPTH=t.depth, GROUP=t.group,
-            FLATTEN=t.flatten, num_warps=t.warps, num_stages=t.stages)
+            left_rows, right_rows, self.out, self.sums[vectors:], self.weights[vectors:], self.norms, self.bounds,
+            self.scales, batch, matrices, self.n, depth, *left, right, *out, r, self.pieces, *coefficients, MODE=mode,
+            ROWS=t.rows, COLUMNS=t.columns, DEPTH=t.depth, GROUP=t.group, FLATTEN=t.flatten, num_warps=t.warps,
+            num_stages=t.stages)

@@ -92,7 +92,10 @@ class Muon(ShardedOptimizer):
 
     def _update(self) -> None:
         reduced = [(bank, self._reduce(bank)) for bank in self.banks if any(p.grad is not None for p in bank.params)]
-        gathered = [(bank, grads := pending.wait(), self._orthogonalise(bank, grads)) for bank, pending in reduced]
+        summed = [pending.wait() for _, pending in reduced]
+        updates = [self._momentum_update(bank, grads) for (bank, _), grads in zip(reduced, summed)]
+        gathered = [(bank, grads, self.ranks.all_gather(orthogonal))
+                    for (bank, _), grads, orthogonal in zip(reduced, summed, self.polar.many(updates))]
         for bank, grads, _ in gathered:  # only now: collectives run in the order in which they are asked for
             own = self._own(bank, grads)
             self.finite.push(self.steps, bank.names, list(grads[: len(own)].unbind()), grads.device, own.start)
@@ -118,8 +121,8 @@ class Muon(ShardedOptimizer):
         first = self.ranks.rank * len(share)
         return range(first, max(first, min(first + len(share), len(bank.params))))
 
-    def _orthogonalise(self, bank: "Bank", grads: Tensor):
-        """grads: (share, split, n, m), summed over ranks. Momentum and polar factor of this rank's slice, gathered."""
+    def _momentum_update(self, bank: "Bank", grads: Tensor) -> Tensor:
+        """grads: (share, split, n, m), summed over ranks. What this rank is to orthogonalise, of the same shape."""
         if self.ranks.size > 1:
             grads = grads.div_(self.ranks.size)
         momentum = self._momentum(bank, grads)
@@ -130,7 +133,7 @@ class Muon(ShardedOptimizer):
         update = grads.lerp(momentum, mu) if bank.group["nesterov"] else momentum
         if asleep:
             momentum[asleep] = kept
-        return self.ranks.all_gather(self.polar(update))
+        return update
 
     def _momentum(self, bank: "Bank", grads: Tensor) -> Tensor:
         """This rank's momentum, (share, split, n, m); state[p]["momentum_buffer"] are views of it."""

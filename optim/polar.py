@@ -5,13 +5,17 @@
     frobenius     polynomials.py  newton-schulz: X ← aX + (bA + cA²)X, A = XXᵀ                (n×m work in every step)
     aol                           gram: iterate on the n×n Gram matrix, touch X only at the end       (cheap if m » n)
 
-X is n×m with n ≤ m; taller matrices are handled transposed. This is eager torch, the reference that runs anywhere.
+X is n×m with n ≤ m; taller matrices are handled transposed. What stands here is eager torch, the reference that runs
+anywhere; AOL with the Gram form has Triton kernels too (kernels/gram_newton_schulz.py), taken on a GPU that runs them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+import kernels
 
 from . import polynomials
 from .polynomials import Coefficients
@@ -31,6 +35,8 @@ class Polar:
     form          "newton-schulz", "gram", or "auto": whichever has fewer FLOPs where both are accurate
     dtype         of storage between products (which accumulate in float32, but for cuBLAS's split sums); None: on a
                   GPU float16 after AOL and bfloat16 otherwise, float32 on a CPU
+    engine        "fused": the kernels, or ValueError where they cannot do it; "eager": this file; "auto": the kernels for
+                  CUDA tensors wherever they can
     restart       gram form: steps after which Q is applied to X and the Gram matrix computed anew; None: never.
                   float16 needs it with Frobenius scaling, more than four steps (Dao-AILab's Gram Newton-Schulz), or
                   slopes as steep as the minimax ones: rounding of R grows with the square of the slope
@@ -42,19 +48,46 @@ class Polar:
     form: str = "newton-schulz"
     dtype: torch.dtype | None = None
     restart: int | None = None
+    engine: str = "auto"
 
     def __post_init__(self):
-        for field, known in (("normalize", ("frobenius", "aol")), ("form", ("newton-schulz", "gram", "auto"))):
+        for field, known in (("normalize", ("frobenius", "aol")), ("form", ("newton-schulz", "gram", "auto")),
+                             ("engine", ("auto", "eager", "fused"))):
             if getattr(self, field) not in known:
                 raise ValueError(f"Polar {field}={getattr(self, field)!r}: expected one of {', '.join(known)}")
         if not self.coefficients or any(len(step) != 3 for step in self.coefficients):
             raise ValueError(f"Polar coefficients={self.coefficients!r}: expected one (a, b, c) for each step")
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.ndim < 2:
-            raise ValueError(f"Polar needs matrices (…, n, m), got shape {tuple(x.shape)}")
+        return self.many([x])[0]
+
+    def many(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        """The polar factor of every tensor of a list: a model's whole set of matrices in one call."""
+        for x in xs:
+            if x.ndim < 2:
+                raise ValueError(f"Polar needs matrices (…, n, m), got shape {tuple(x.shape)}")
+        if xs and self.engine != "eager":
+            obstacle = self.why_not_fused(xs[0].device)
+            if self.engine == "fused" and obstacle:
+                raise ValueError(f'Polar engine="fused": {obstacle}; use engine="auto" or "eager"')
+            if not obstacle and (self.engine == "fused" or xs[0].is_cuda):
+                from kernels.gram_newton_schulz import orthogonalise  # needs triton
+
+                dtype = self.dtype or torch.float16
+                return orthogonalise(xs, self.coefficients, bound=self.bound, dtype=dtype)
+        return [self._eager(x) for x in xs]
+
+    def why_not_fused(self, device: torch.device) -> str | None:
+        """Why the kernels cannot do this on `device`, or None if they can."""
+        if self.normalize != "aol" or self.form == "newton-schulz":
+            return 'the kernels are for normalize="aol" and the Gram form'
+        if self.dtype not in (None, torch.float16) or self.restart is not None or len(self.coefficients) < 2:
+            return "the kernels are for float16, two steps or more, and no restart"
+        return kernels.why_not(device)
+
+    def _eager(self, x: Tensor) -> Tensor:
         if x.size(-2) > x.size(-1):
-            return self(x.mT).mT
+            return self._eager(x.mT).mT
         matrices = x.reshape(-1, *x.shape[-2:])
         dtype = self.dtype or _default_dtype(self.normalize, x.device)
         matrices = _power_of_two_scaled(matrices)

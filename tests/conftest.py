@@ -1,10 +1,17 @@
-"""Puts the repository root on sys.path, and knows the marker `gpu`: such tests are skipped where there is none."""
+"""Puts the repository root on sys.path, and knows the marker `gpu`: such tests are skipped where there is none.
 
+Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they are imported.
+"""
+
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
