@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
@@ -156,18 +156,8 @@ def set_count(size: int) -> int:
 # --- contenders ------------------------------------------------------------------------------------------------------
 
 
-def with_engine(polar: Polar, engine: str) -> Polar:
-    """`polar` run by `engine`: the one place that minds a Polar without that field, which is always eager."""
-    if "engine" in {field.name for field in fields(polar)}:
-        return replace(polar, engine=engine)
-    if engine == "fused":
-        raise NotImplementedError("Polar has no engine field here, so nothing is fused")
-    return polar
-
-
 def polar_contender(polar: Polar, engine: str) -> Contender:
-    polar = with_engine(polar, engine)
-    return getattr(polar, "many", None) or (lambda tensors: [polar(x) for x in tensors])
+    return replace(polar, engine=engine).many
 
 
 def torch_muon() -> Contender:
@@ -181,8 +171,8 @@ def torch_muon() -> Contender:
 def ns5_compiled() -> Contender:
     """Five plain Newton-Schulz steps in bfloat16 through torch.compile, whose default mode captures no CUDA graph."""
     torch._dynamo.config.recompile_limit = 1024  # beyond it (8 by default) a new shape would silently run eager
-    polar = with_engine(replace(POLARS["muon"], dtype=torch.bfloat16), "eager")
-    return torch.compile(lambda tensors: [polar(x) for x in tensors], dynamic=False)
+    polar = replace(POLARS["muon"], dtype=torch.bfloat16, engine="eager")
+    return torch.compile(polar.many, dynamic=False)
 
 
 BUILDERS = {"torch.optim.Muon": torch_muon, BASELINE: ns5_compiled}  # every other is "<name in POLARS> <engine>"

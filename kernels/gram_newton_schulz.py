@@ -12,7 +12,7 @@ scaling, casts and transposition ride on the first pass, t and β on the last pr
 
 A plan keeps its workspace (per matrix some six n×n and one n×m in half precision) and, outside of a caller's own CUDA
 graph, replays its n×n part as one graph, so that a call costs Python three launches for each shape. Plans belong to a
-stream. Eager twin: optim.polar.Polar with normalize="aol", form="gram".
+stream; a call inside of a CUDA graph under capture makes its own. Eager twin: optim.polar.Polar with normalize="aol", form="gram".
 """
 
 from collections.abc import Sequence
@@ -119,8 +119,8 @@ class Plan:
 
 
 @lru_cache(maxsize=64)
-def _plan(shapes, coefficients, bound, dtype, device, stream, tiles) -> Plan:
-    return Plan(shapes, coefficients, bound, dtype, device, tiles)
+def _plan(shapes, coefficients, bound, dtype, device, tiles, stream) -> Plan:
+    return Plan(shapes, coefficients, bound, dtype, device, tiles)  # one for each stream: they share no workspace
 
 
 @torch.library.custom_op("turborun::gram_newton_schulz", mutates_args=())
@@ -162,8 +162,11 @@ def orthogonalise(matrices: Sequence[Tensor], coefficients: Coefficients, *, bou
     for members in groups.values():
         xs = [wide[i] for i in members]
         device = xs[0].device
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        plan = _plan(tuple(tuple(x.shape) for x in xs), coefficients, bound, dtype, device, stream, tiles)
+        planned = (tuple(tuple(x.shape) for x in xs), coefficients, bound, dtype, device, tiles)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            plan = Plan(*planned)  # its workspace belongs to that graph, which may replay beside other calls
+        else:
+            plan = _plan(*planned, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
         for i, o in zip(members, plan(xs)):
             tall = matrices[i].size(-2) > matrices[i].size(-1)
             results[i] = (o.mT if tall else o).reshape(matrices[i].shape)

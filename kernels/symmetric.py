@@ -72,50 +72,46 @@ def _upper_tile(t, column_blocks, RATIO: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _store(tile, out, row, column, base, mirrored):
-    out.store([base + row, column], tile.to(out.dtype))
-    if mirrored:
-        out.store([base + column, row], tl.trans(tile).to(out.dtype))
+def _epilogue(acc, out, sums, weights, norms, bounds, scales, z, pieces, piece, row, column, base, end, base_r, a, b, c,
+              N, MODE: tl.constexpr, SIZE: tl.constexpr):
+    """One SIZE × SIZE piece of P = acc at (row, column) of matrix z; nothing is written for a piece below the diagonal.
 
-
-@triton.jit
-def _epilogue(acc, out, sums, weights, norms, bounds, scales, z, pieces, piece, row, column, base, base_r, a, b, c, N,
-              MODE: tl.constexpr, SIZE: tl.constexpr):
-    """One SIZE × SIZE piece of P = acc at (row, column) of matrix z, on or above the diagonal."""
+    Straight-line code, so that the compiler can overlap it with the next tile's loads: a store that is not wanted goes to
+    row `end`, beyond the arena, where the copy engine drops it.
+    """
     rows, columns = row + tl.arange(0, SIZE), column + tl.arange(0, SIZE)
-    mirrored = row < column
-    if row == column:  # rounding differs by the order of factors; a lasting asymmetry would grow from step to step
-        acc = tl.where(rows[:, None] <= columns[None, :], acc, tl.trans(acc))
     vector = z.to(tl.int64) * N
     if MODE == "gram":
         size = tl.abs(acc)
         slot = sums + vector * (N // SIZE)
-        tl.store(slot + (column // SIZE) * N + rows, tl.sum(size * tl.load(weights + vector + columns)[None, :], 1))
-        if mirrored:
-            tl.store(slot + (row // SIZE) * N + columns, tl.sum(size * tl.load(weights + vector + rows)[:, None], 0))
+        along_rows = tl.sum(size * tl.load(weights + vector + columns)[None, :], 1)
+        tl.store(slot + (column // SIZE) * N + rows, along_rows, mask=(row <= column) & (rows >= 0))
+        along_columns = tl.sum(size * tl.load(weights + vector + rows)[:, None], 0)
+        tl.store(slot + (row // SIZE) * N + columns, along_columns, mask=(row < column) & (columns >= 0))
     if MODE == "square":
-        tl.store(norms + z.to(tl.int64) * pieces + piece, tl.sum(acc * acc) * tl.where(mirrored, 2.0, 1.0))
+        times = tl.where(row < column, 2.0, tl.where(row == column, 1.0, 0.0))
+        tl.store(norms + z.to(tl.int64) * pieces + piece, tl.sum(acc * acc) * times)
     if MODE == "divided":
         acc = acc / tl.load(bounds + z)
     if MODE == "polynomial":  # P = RR:  W = aI + bR + cP
         identity = tl.where(rows[:, None] == columns[None, :], a, 0.0)
         acc = identity + b * out.load([base_r + row, column]).to(tl.float32) + c * acc
+    transposed = tl.trans(acc)
+    # Rounding differs by the order of factors, and an asymmetry would grow from step to step: the diagonal gets one half.
+    acc = tl.where((row < column) | (rows[:, None] <= columns[None, :]), acc, transposed)
     if MODE == "scaled":  # columns, so the result is not symmetric any more
-        along_row = tl.load(scales + vector + columns)
-        out.store([base + row, column], (acc * along_row[None, :]).to(out.dtype))
-        if mirrored:
-            along_column = tl.load(scales + vector + rows)
-            out.store([base + column, row], tl.trans(acc * along_column[:, None]).to(out.dtype))
-    else:
-        _store(acc, out, row, column, base, mirrored)
+        acc = acc * tl.load(scales + vector + columns)[None, :]
+        transposed = transposed * tl.load(scales + vector + rows)[None, :]
+    out.store([tl.where(row <= column, base + row, end), column], acc.to(out.dtype))
+    out.store([tl.where(row < column, base + column, end), row], transposed.to(out.dtype))
 
 
-_NUMBERS = ["batch", "matrices", "left_0", "left_1", "right_0", "out_0", "out_1", "r", "pieces"]
+_NUMBERS = ["batch", "matrices", "left_0", "left_1", "right_0", "out_0", "out_1", "r", "pieces", "end"]
 
 
 @triton.jit(do_not_specialize=_NUMBERS)  # else each new count or slot could mean another compilation
 def _product_kernel(left, right, out, sums, weights, norms, bounds, scales, batch, matrices, N, K, left_0, left_1,
-                    right_0, out_0, out_1, r, pieces, a, b, c, MODE: tl.constexpr, ROWS: tl.constexpr,
+                    right_0, out_0, out_1, end, r, pieces, a, b, c, MODE: tl.constexpr, ROWS: tl.constexpr,
                     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr):
     RATIO: tl.constexpr = COLUMNS // ROWS
     column_blocks = N // COLUMNS
@@ -135,17 +131,14 @@ def _product_kernel(left, right, out, sums, weights, norms, bounds, scales, batc
         base_r = (r + z) * N
         piece = (index % tiles) * RATIO
         if RATIO == 1:
-            _epilogue(acc, out, sums, weights, norms, bounds, scales, z, pieces, piece, row, column, base, base_r, a, b,
-                      c, N, MODE, ROWS)
+            _epilogue(acc, out, sums, weights, norms, bounds, scales, z, pieces, piece, row, column, base, end, base_r,
+                      a, b, c, N, MODE, ROWS)
         else:
             one, two = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, ROWS)), (0, 2, 1)))
-            if row <= column:
-                _epilogue(one, out, sums, weights, norms, bounds, scales, z, pieces, piece, row, column, base, base_r,
-                          a, b, c, N, MODE, ROWS)
-            elif MODE == "square":
-                tl.store(norms + z.to(tl.int64) * pieces + piece, 0.0)
+            _epilogue(one, out, sums, weights, norms, bounds, scales, z, pieces, piece, row, column, base, end, base_r,
+                      a, b, c, N, MODE, ROWS)
             _epilogue(two, out, sums, weights, norms, bounds, scales, z, pieces, piece + 1, row, column + ROWS, base,
-                      base_r, a, b, c, N, MODE, ROWS)
+                      end, base_r, a, b, c, N, MODE, ROWS)
 
 
 @triton.jit
@@ -221,6 +214,7 @@ class Arena:
         self.bounds = torch.empty(batch, **vectors)  # β
         self.programs = multiprocessors(device)
         flat = self.matrices.view(-1, self.n)
+        self.end = len(flat)
         t = tiles
         self.left, self.right, self.out = (TensorDescriptor.from_tensor(flat, [rows, columns]) for rows, columns in
                                            ((t.rows, t.depth), (t.columns, t.depth), (t.rows, t.rows)))
@@ -268,6 +262,6 @@ class Arena:
         batch = matrices if mode == "gram" else self.batch
         _product_kernel[(programs,)](
             left_rows, right_rows, self.out, self.sums[vectors:], self.weights[vectors:], self.norms, self.bounds,
-            self.scales, batch, matrices, self.n, depth, *left, right, *out, r, self.pieces, *coefficients, MODE=mode,
+            self.scales, batch, matrices, self.n, depth, *left, right, *out, self.end, r, self.pieces, *coefficients, MODE=mode,
             ROWS=t.rows, COLUMNS=t.columns, DEPTH=t.depth, GROUP=t.group, FLATTEN=t.flatten, num_warps=t.warps,
             num_stages=t.stages)
