@@ -8,7 +8,8 @@
 
 X is n×m, n ≤ m, so 3n²m + 13n³ FLOPs for four steps, symmetric halves counted, and three launches a step: W; then Q W
 and R W as one batch; then W(R W). Matrices of one n share these launches whatever their m. Nothing else touches X:
-scaling, casts and transposition ride on the first pass, t and β on the last product over n×n.
+scaling, casts and transposition ride on the first pass, t and β on the last product over n×n. Matrices with n ≤ 128 go
+to small_polar.py, which does all of this in one launch.
 
 A plan keeps its workspace (per matrix some six n×n and one n×m in half precision) and, outside of a caller's own CUDA
 graph, replays its n×n part as one graph, so that a call costs Python three launches for each shape. Plans belong to a
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import multiprocessors
+from .small_polar import SMALL, small_polar
 from .symmetric import Arena, Tiles
 from .unit_rows import unit_rows
 
@@ -31,31 +33,33 @@ _SLOTS = 5
 
 
 def choose_tiles(n: int, batch: int, programs: int) -> Tiles:
-    """The cut for `batch` matrices n×n: the largest tile that still gives every multiprocessor work.
-
-    Not yet measured.
-    """
+    """The cut for `batch` matrices n×n. From sweeps on an H200 (132 multiprocessors): records/studies/tiles."""
     if programs < 16:  # the interpreter: small, so that tests cross tiles
         return Tiles(16, 32, depth=16, group=2) if n > 64 else Tiles(16, 16, depth=16, group=2)
-    for tiles in (Tiles(128, 256, warps=8, stages=3), Tiles(128, 128, warps=8)):
-        padded = -(-n // tiles.columns) * tiles.columns
-        if batch * tiles.count(padded) >= 2 * programs and padded <= 1.15 * n:
-            return tiles
-    return Tiles(64, 64)
+    if n > 6000:
+        return Tiles(128, 256, warps=8, stages=4, group=4, flatten=False)
+    middle = Tiles(128, 128, warps=8, stages=4, group=4, flatten=n < 2048)
+    padded = -(-n // middle.columns) * middle.columns
+    if batch * middle.count(padded) >= programs:
+        return middle
+    return Tiles(64, 64, depth=128, stages=3)  # too few tiles to go round: smaller ones
 
 
 class Plan:
     """The launches for batches of matrices that share their short side n: shapes (batch, n, m), n ≤ m."""
 
     def __init__(self, shapes: tuple[tuple[int, int, int], ...], coefficients: Coefficients, bound: bool,
-                 dtype: torch.dtype, device: torch.device, tiles: Tiles | None = None):
-        self.shapes, self.coefficients, self.bound = shapes, coefficients, bound
-        self.n, batch = shapes[0][1], sum(shape[0] for shape in shapes)
-        self.tiles = tiles or choose_tiles(self.n, batch, multiprocessors(device))
-        self.arena = Arena(_SLOTS, batch, self.n, dtype, device, self.tiles)
+                 restart: int | None, dtype: torch.dtype, device: torch.device, tiles: Tiles | None = None):
+        restart = restart or len(coefficients)
+        self.segments = [coefficients[i : i + restart] for i in range(0, len(coefficients), restart)]
+        self.bound, batch = bound, sum(shape[0] for shape in shapes)
+        self.tiles = tiles or choose_tiles(shapes[0][1], batch, multiprocessors(device))
+        self.arena = Arena(_SLOTS, batch, shapes[0][1], dtype, device, self.tiles)
         depth = self.tiles.depth
-        self.unit = [torch.empty(b, self.arena.n, -(-m // depth) * depth, dtype=dtype, device=device)
-                     for b, _, m in shapes]
+        padded = [(b, self.arena.n, -(-m // depth) * depth) for b, _, m in shapes]
+        self.unit = [torch.empty(shape, dtype=dtype, device=device) for shape in padded]
+        # where a restart puts Q U, and the next one Q of that, and so on in turn
+        self.other = [torch.empty_like(unit) for unit in self.unit] if len(self.segments) > 1 else []
         self.graph, self.calls = None, 0
 
     def __call__(self, xs: Sequence[Tensor]) -> list[Tensor]:
@@ -66,12 +70,12 @@ class Plan:
             first += len(x)
         self._iterate()
         outputs, first = [], 0
-        for x, unit in zip(xs, self.unit):
+        for x, last in zip(xs, self.last):
             b, n, m = x.shape
             q = self.arena.matrices[self.result, first : first + b, :n, :n]
+            last = last[:, :n, :m]
             transposed = x.stride(1) < x.stride(2)  # a tall matrix, seen from its side: so is the result
-            unit = unit[:, :n, :m]
-            outputs.append(torch.bmm(unit.mT, q.mT).mT if transposed else torch.bmm(q, unit))
+            outputs.append(torch.bmm(last.mT, q.mT).mT if transposed else torch.bmm(q, last))
             first += b
         return outputs
 
@@ -90,79 +94,115 @@ class Plan:
             self.graph = graph
 
     def _launch(self) -> None:
-        """Γ of every shape, then the steps for all of them; leaves Q diag(t) in slot `self.result`."""
-        arena, first = self.arena, 0
-        for unit in self.unit:
-            arena.gram(unit, first)
+        """From `self.unit` to Q in slot `self.result` and what it is to be multiplied with, `self.last`."""
+        self.last, spare = self.unit, self.other
+        for number, segment in enumerate(self.segments):
+            if number:
+                for (first, unit), target in zip(self._places(self.last), spare):
+                    torch.bmm(self.arena.matrices[self.result, first : first + len(unit)], unit, out=target)
+                self.last, spare = spare, self.last
+            for first, unit in self._places(self.last):
+                self.arena.gram(unit, first)
+            if number == 0:
+                self.arena.scale()
+            self._steps(segment, first=number == 0)
+
+    @staticmethod
+    def _places(units: list[Tensor]):
+        """(number of its first matrix in the arena, unit) for every shape."""
+        first = 0
+        for unit in units:
+            yield first, unit
             first += len(unit)
-        arena.scale()
-        w, q, spare = 2, 3, 4
-        last = len(self.coefficients) - 1
-        for step, abc in enumerate(self.coefficients):
-            bounded = self.bound and step == 0
+
+    def _steps(self, segment: Coefficients, first: bool) -> None:
+        """Q of the steps in `segment`, of R in its slot, into slot `self.result`; the first segment's Q brings t."""
+        arena, w, q, spare = self.arena, 2, 3, 4
+        last = len(segment) - 1
+        # V = WR is symmetric but for rounding. Taken in full, R ← W Vᵀ = W R Wᵀ is a congruence with the very W that went
+        # into Q, and R stays the Gram matrix of Q X: that is what lets steep steps live with float16. Four mild steps do
+        # without (error 0.38 for 0.32 on the low-rank test matrix, 0.53 with the published four), and it costs n³ a step.
+        full = int(len(self.segments) > 1)
+        for step, abc in enumerate(segment):
+            bounded = self.bound and first and step == 0
             if bounded:
-                arena.product("square", (_R,), _R, (spare,))
+                arena.product("square", (_R,), (_R,), (spare,))
                 arena.bounded_polynomial(_R, spare, w, abc)
             else:
-                arena.product("polynomial", (_R,), _R, (w,), r=_R, coefficients=abc)
+                arena.product("polynomial", (_R,), (_R,), (w,), r=_R, coefficients=abc)
             if step == 0:
-                arena.product("divided" if bounded else "plain", (_R,), w, (_V,))
                 w, q = q, w  # W of the first step is Q
-                arena.product("plain", (q,), _V, (_R,))
-            elif step < last:
-                arena.product("plain", (q, _R), w, (spare, _V))
-                arena.product("plain", (w,), _V, (_R,))
-                w, q, spare = q, spare, w
+                if last > 0:
+                    arena.product("divided" if bounded else "plain", (q,), (_R,), (_V,), full=full)
+                    arena.product("plain", (q,), (_V,), (_R,))
+                continue
+            if step < last:
+                arena.product("plain", (q, w), (w, _R), (spare, _V), full=full)
+                arena.product("plain", (w,), (_V,), (_R,))
             else:
-                arena.product("scaled", (q,), w, (spare,))
-                self.result = spare
+                arena.product("scaled" if first else "plain", (q,), (w,), (spare,))
+            w, q, spare = q, spare, w
+        self.result = q
 
 
 @lru_cache(maxsize=64)
-def _plan(shapes, coefficients, bound, dtype, device, tiles, stream) -> Plan:
-    return Plan(shapes, coefficients, bound, dtype, device, tiles)  # one for each stream: they share no workspace
+def _plan(shapes, coefficients, bound, restart, dtype, device, tiles, stream) -> Plan:
+    return Plan(shapes, coefficients, bound, restart, dtype, device, tiles)  # one for each stream: they share no workspace
 
 
 @torch.library.custom_op("turborun::gram_newton_schulz", mutates_args=())
-def _operator(matrices: Sequence[Tensor], coefficients: Sequence[float], bound: bool,
+def _operator(matrices: Sequence[Tensor], coefficients: Sequence[float], bound: bool, restart: int | None,
               dtype: torch.dtype) -> list[Tensor]:
     steps = tuple(tuple(coefficients[i : i + 3]) for i in range(0, len(coefficients), 3))
-    return orthogonalise(matrices, steps, bound=bound, dtype=dtype)
+    results = orthogonalise(matrices, steps, bound=bound, restart=restart, dtype=dtype)
+    # an operator's results may not share memory, as those of small matrices do, and lie as the next function says
+    return [o.contiguous() if o.untyped_storage().nbytes() == o.nbytes else o.clone(memory_format=torch.contiguous_format)
+            for o in results]
 
 
 @_operator.register_fake
-def _(matrices, coefficients, bound, dtype):
+def _(matrices, coefficients, bound, restart, dtype):
     return [x.new_empty(x.shape, dtype=dtype) for x in matrices]
 
 
-def orthogonalise(matrices: Sequence[Tensor], coefficients: Coefficients, *, bound: bool = False,
+def orthogonalise(matrices: Sequence[Tensor], coefficients: Coefficients, *, bound: bool = False, restart: int | None = None,
                   dtype: torch.dtype = torch.float16, tiles: Tiles | None = None) -> list[Tensor]:
     """Polar factors of `matrices` by AOL and len(coefficients) ≥ 2 Newton-Schulz steps in Gram form.
 
     matrices  tensors (…, n, m), tall or wide, any strides, float32, float16 or bfloat16, on one device; read only
+    bound     divide by min(1, ‖S‖_F^¼) as well, S = (XXᵀ)² after AOL
+    tiles     how to cut products; given, small matrices are not treated apart. None: `choose_tiles`
+    restart   after every so many steps (2 or more; None: never) multiply Q into X and compute the Gram matrix anew, which
+              takes the rounding out of R: five fitted steps need it
     dtype     of storage and of the result: torch.float16 or torch.bfloat16; products accumulate in float32
     Returns new tensors of the same shapes. A NaN or an infinity makes its whole matrix NaN; a matrix of zeros gives zeros.
     """
-    if len(coefficients) < 2 or dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"orthogonalise needs at least two steps and float16 or bfloat16, got {len(coefficients)} "
-                         f"steps and {dtype}")
+    if len(coefficients) < 2 or restart == 1 or dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"orthogonalise needs two steps or more, also before a restart, and float16 or bfloat16; got "
+                         f"{len(coefficients)} steps, restart={restart}, {dtype}")
     if torch.compiler.is_compiling():
-        return _operator(list(matrices), [float(c) for step in coefficients for c in step], bound, dtype)
+        return _operator(list(matrices), [float(c) for step in coefficients for c in step], bound, restart, dtype)
     groups: dict[int, list[int]] = {}
-    wide = []
+    wide, small = [], []
     for i, x in enumerate(matrices):
         if x.ndim < 2 or not x.dtype.is_floating_point or x.dtype == torch.float64:
             raise ValueError(f"orthogonalise needs float32, float16 or bfloat16 matrices (…, n, m), got "
                              f"{x.dtype} of shape {tuple(x.shape)}")
         x = x.reshape(-1, *x.shape[-2:])
         wide.append(x if x.size(1) <= x.size(2) else x.mT)
-        if x.numel():
+        if x.numel() and tiles is None and wide[-1].size(1) <= SMALL:
+            small.append(i)
+        elif x.numel():
             groups.setdefault(wide[-1].size(1), []).append(i)
     results: list[Tensor | None] = [None] * len(wide)
+    if small:  # one launch; it needs no restarts
+        together = small_polar([matrices[i] for i in small], coefficients, bound=bound, dtype=dtype)
+        for i, o in zip(small, together):
+            results[i] = o
     for members in groups.values():
         xs = [wide[i] for i in members]
         device = xs[0].device
-        planned = (tuple(tuple(x.shape) for x in xs), coefficients, bound, dtype, device, tiles)
+        planned = (tuple(tuple(x.shape) for x in xs), coefficients, bound, restart, dtype, device, tiles)
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             plan = Plan(*planned)  # its workspace belongs to that graph, which may replay beside other calls
         else:

@@ -34,6 +34,8 @@ class Tiles:
     stages: int = 4
     group: int = 8
     flatten: bool = True
+    resident: int = 1  # programs on a multiprocessor at a time
+    registers: int | None = None  # at most so many a thread, so that `resident` fit
 
     def count(self, n: int) -> int:
         """Tiles of the upper triangle of an n×n matrix, n a multiple of `columns`."""
@@ -72,9 +74,10 @@ def _upper_tile(t, column_blocks, RATIO: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _epilogue(acc, out, sums, weights, norms, bounds, scales, z, pieces, piece, row, column, base, end, base_r, a, b, c,
-              N, MODE: tl.constexpr, SIZE: tl.constexpr):
-    """One SIZE × SIZE piece of P = acc at (row, column) of matrix z; nothing is written for a piece below the diagonal.
+def _epilogue(acc, out, sums, weights, norms, bounds, scales, full, z, pieces, piece, row, column, base, end, base_r, a,
+              b, c, N, MODE: tl.constexpr, SIZE: tl.constexpr):
+    """One SIZE × SIZE piece of P = acc at (row, column) of matrix z. Pieces below the diagonal come from those above, but
+    for a product in `full`.
 
     Straight-line code, so that the compiler can overlap it with the next tile's loads: a store that is not wanted goes to
     row `end`, beyond the arena, where the copy engine drops it.
@@ -96,48 +99,55 @@ def _epilogue(acc, out, sums, weights, norms, bounds, scales, z, pieces, piece, 
     if MODE == "polynomial":  # P = RR:  W = aI + bR + cP
         identity = tl.where(rows[:, None] == columns[None, :], a, 0.0)
         acc = identity + b * out.load([base_r + row, column]).to(tl.float32) + c * acc
-    transposed = tl.trans(acc)
-    # Rounding differs by the order of factors, and an asymmetry would grow from step to step: the diagonal gets one half.
-    acc = tl.where((row < column) | (rows[:, None] <= columns[None, :]), acc, transposed)
+    mirror = acc
     if MODE == "scaled":  # columns, so the result is not symmetric any more
+        mirror = acc * tl.load(scales + vector + rows)[:, None]
         acc = acc * tl.load(scales + vector + columns)[None, :]
-        transposed = transposed * tl.load(scales + vector + rows)[None, :]
-    out.store([tl.where(row <= column, base + row, end), column], acc.to(out.dtype))
-    out.store([tl.where(row < column, base + column, end), row], transposed.to(out.dtype))
+    tile, transposed = acc.to(out.dtype), tl.trans(mirror.to(out.dtype))
+    if (row == column) & (full == 0):  # rounding differs by the order of factors, and an asymmetry would grow from step to step
+        tile = tl.where(rows[:, None] <= columns[None, :], tile, transposed)
+    out.store([tl.where((row <= column) | (full != 0), base + row, end), column], tile)
+    out.store([tl.where((row < column) & (full == 0), base + column, end), row], transposed)
 
 
-_NUMBERS = ["batch", "matrices", "left_0", "left_1", "right_0", "out_0", "out_1", "r", "pieces", "end"]
+_NUMBERS = ["batch", "halves", "fulls", "left_0", "left_1", "right_0", "right_1", "out_0", "out_1", "r", "pieces", "end"]
 
 
 @triton.jit(do_not_specialize=_NUMBERS)  # else each new count or slot could mean another compilation
-def _product_kernel(left, right, out, sums, weights, norms, bounds, scales, batch, matrices, N, K, left_0, left_1,
-                    right_0, out_0, out_1, end, r, pieces, a, b, c, MODE: tl.constexpr, ROWS: tl.constexpr,
+def _product_kernel(left, right, out, sums, weights, norms, bounds, scales, batch, halves, fulls, N, K, left_0, left_1,
+                    right_0, right_1, out_0, out_1, end, r, pieces, a, b, c, MODE: tl.constexpr, ROWS: tl.constexpr,
                     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr):
+    """`halves` symmetric products, then `fulls` whole ones; operands 0 serve the first `batch`, operands 1 the rest."""
     RATIO: tl.constexpr = COLUMNS // ROWS
     column_blocks = N // COLUMNS
     tiles = RATIO * _triangle(column_blocks)
-    for index in tl.range(tl.program_id(0), matrices * tiles, tl.num_programs(0), flatten=FLATTEN):
-        y = index // tiles
+    square = RATIO * column_blocks * column_blocks
+    for index in tl.range(tl.program_id(0), halves * tiles + fulls * square, tl.num_programs(0), flatten=FLATTEN):
+        beyond = index - halves * tiles
+        full = (beyond >= 0).to(tl.int32)
+        y = tl.where(full != 0, halves + beyond // square, index // tiles)
+        t = tl.where(full != 0, beyond % square, index % tiles)
+        half_row, half_column = _upper_tile(index % tiles, column_blocks, RATIO, GROUP)
+        row = tl.where(full != 0, t % (RATIO * column_blocks), half_row) * ROWS
+        column = tl.where(full != 0, t // (RATIO * column_blocks), half_column) * COLUMNS
         z = y % batch
-        row_block, column_block = _upper_tile(index % tiles, column_blocks, RATIO, GROUP)
-        row, column = row_block * ROWS, column_block * COLUMNS
         first = y < batch
         left_row = (tl.where(first, left_0, left_1) + z) * N + row
-        right_row = (right_0 + z) * N + column
+        right_row = (tl.where(first, right_0, right_1) + z) * N + column
         acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for k in tl.range(0, K, DEPTH):
             acc = tl.dot(left.load([left_row, k]), right.load([right_row, k]).T, acc)
         base = (tl.where(first, out_0, out_1) + z) * N
         base_r = (r + z) * N
-        piece = (index % tiles) * RATIO
+        piece = t * RATIO
         if RATIO == 1:
-            _epilogue(acc, out, sums, weights, norms, bounds, scales, z, pieces, piece, row, column, base, end, base_r,
+            _epilogue(acc, out, sums, weights, norms, bounds, scales, full, z, pieces, piece, row, column, base, end, base_r,
                       a, b, c, N, MODE, ROWS)
         else:
             one, two = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, ROWS)), (0, 2, 1)))
-            _epilogue(one, out, sums, weights, norms, bounds, scales, z, pieces, piece, row, column, base, end, base_r,
+            _epilogue(one, out, sums, weights, norms, bounds, scales, full, z, pieces, piece, row, column, base, end, base_r,
                       a, b, c, N, MODE, ROWS)
-            _epilogue(two, out, sums, weights, norms, bounds, scales, z, pieces, piece + 1, row, column + ROWS, base,
+            _epilogue(two, out, sums, weights, norms, bounds, scales, full, z, pieces, piece + 1, row, column + ROWS, base,
                       end, base_r, a, b, c, N, MODE, ROWS)
 
 
@@ -225,7 +235,7 @@ class Arena:
         flat = unit.view(-1, unit.size(-1))
         left, right = (TensorDescriptor.from_tensor(flat, [rows, self.tiles.depth])
                        for rows in (self.tiles.rows, self.tiles.columns))
-        self._launch("gram", left, right, unit.size(0), unit.size(-1), vectors=first, out=(first, 0))
+        self._launch("gram", left, right, unit.size(0), 0, unit.size(-1), (0, 0, 0, 0, first, 0), vectors=first)
 
     def scale(self) -> None:
         """Slot 0: Γ -> R = diag(t) Γ diag(t)."""
@@ -243,25 +253,27 @@ class Arena:
         _bounded_kernel[grid](self.matrices, self.norms, self.bounds, self.scales, self.n, self.pieces, b * r, b * s,
                               b * w, *coefficients, BLOCK=block)
 
-    def product(self, mode: str, left: tuple[int, ...], right: int, out: tuple[int, ...], *, r: int = 0,
-                coefficients=(0.0, 0.0, 0.0)) -> None:
-        """out ← left · right, slots by number; with two of each, out[i] ← left[i] · right in one launch.
+    def product(self, mode: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], *, r: int = 0,
+                coefficients=(0.0, 0.0, 0.0), full: int = 0) -> None:
+        """out[i] ← left[i] · right[i]ᵀ, slots by number, for one i or two in one launch.
 
         mode  "plain"; "square": also ‖out‖_F² into `self.norms`; "divided": by β; "scaled": columns times t;
               "polynomial": aI + bR + c·product with R in slot r
+        full  how many of them, from the last one on, are not symmetric and need all of their tiles
         """
         b = self.batch
-        left, out = tuple(b * slot for slot in left), tuple(b * slot for slot in out)
-        self._launch(mode, self.left, self.right, b * len(left), self.n, left=(left[0], left[-1]), right=b * right,
-                     out=(out[0], out[-1]), r=b * r, coefficients=coefficients)
+        left, right, out = ([b * slot for slot in slots] for slots in (left, right, out))
+        self._launch(mode, self.left, self.right, b * (len(left) - full), b * full, self.n,
+                     (left[0], left[-1], right[0], right[-1], out[0], out[-1]), b * r, coefficients)
 
-    def _launch(self, mode, left_rows, right_rows, matrices, depth, *, vectors=0, left=(0, 0), right=0, out=(0, 0), r=0,
-                coefficients=(0.0, 0.0, 0.0)):
+    def _launch(self, mode, left, right, halves, fulls, depth, operands, r=0, coefficients=(0.0, 0.0, 0.0), vectors=0):
         t = self.tiles
-        programs = min(self.programs, matrices * t.count(self.n))
-        batch = matrices if mode == "gram" else self.batch
+        whole = self.n // t.rows * (self.n // t.columns)
+        programs = min(self.programs * t.resident, halves * t.count(self.n) + fulls * whole)
+        batch = halves if mode == "gram" else self.batch
+        options = {} if t.registers is None else {"maxnreg": t.registers}
         _product_kernel[(programs,)](
-            left_rows, right_rows, self.out, self.sums[vectors:], self.weights[vectors:], self.norms, self.bounds,
-            self.scales, batch, matrices, self.n, depth, *left, right, *out, self.end, r, self.pieces, *coefficients, MODE=mode,
+            left, right, self.out, self.sums[vectors:], self.weights[vectors:], self.norms, self.bounds, self.scales,
+            batch, halves, fulls, self.n, depth, *operands, self.end, r, self.pieces, *coefficients, MODE=mode,
             ROWS=t.rows, COLUMNS=t.columns, DEPTH=t.depth, GROUP=t.group, FLATTEN=t.flatten, num_warps=t.warps,
-            num_stages=t.stages)
+            num_stages=t.stages, **options)

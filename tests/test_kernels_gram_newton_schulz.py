@@ -6,8 +6,9 @@ import pytest
 import torch
 from matrices import DISTRIBUTIONS, make, polar_factor, relative_error
 
-from kernels import gram_newton_schulz
-from kernels.gram_newton_schulz import orthogonalise
+from kernels import gram_newton_schulz, multiprocessors
+from kernels.gram_newton_schulz import choose_tiles
+from kernels.small_polar import small_polar
 from kernels.symmetric import Tiles
 from kernels.unit_rows import unit_rows
 from optim import POLARS, Polar, polynomials
@@ -21,6 +22,12 @@ N, M = (300, 700) if GPU else (40, 56)
 
 def on_device(x):
     return x.to(DEVICE)
+
+
+def orthogonalise(xs, coefficients, **options):
+    """With tiles given, which keeps small matrices, quick to test, out of small_polar's hands."""
+    options.setdefault("tiles", choose_tiles(min(xs[0].shape[-2:]), 1, multiprocessors(DEVICE)))
+    return gram_newton_schulz.orthogonalise(xs, coefficients, **options)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
@@ -48,6 +55,18 @@ def test_no_worse_than_the_eager_route(distribution, bound):
     eager = replace(FOUR, bound=bound)(on_device(x))
     assert ours.dtype == torch.float16
     assert relative_error(ours.cpu(), exact) <= 1.02 * relative_error(eager.cpu(), exact) + 1e-3
+
+
+@pytest.mark.parametrize("distribution", ["condition-1e3", "low-rank"])
+@pytest.mark.parametrize("restart", [2, 3])
+def test_restarts(distribution, restart):
+    x = torch.stack([make(distribution, N, M), make(distribution, N, M, 1)]).mT
+    five = Polar(polynomials.FITTED[5], normalize="aol", bound=True, restart=restart, form="gram", dtype=torch.float16)
+    ours = orthogonalise([on_device(x)], five.coefficients, bound=True, restart=restart)[0]
+    eager = replace(five, engine="eager")(on_device(x))
+    for i in (0, 1):
+        exact = polar_factor(x[i].T).T
+        assert relative_error(ours[i].cpu(), exact) <= 1.1 * relative_error(eager[i].cpu(), exact) + 1e-3
 
 
 def test_a_list_of_shapes_is_one_plan_for_each_short_side(monkeypatch):
@@ -122,8 +141,10 @@ def test_non_finite_in_is_nan_out_for_that_matrix_alone(value, bound):
 
 def test_clear_errors():
     x = torch.zeros(4, 4, device=DEVICE)
-    with pytest.raises(ValueError, match="at least two steps .* got 1 steps"):
+    with pytest.raises(ValueError, match="two steps or more.* got 1 steps"):
         orthogonalise([x], FOUR.coefficients[:1])
+    with pytest.raises(ValueError, match="restart=1"):
+        orthogonalise([x], FOUR.coefficients, restart=1)
     with pytest.raises(ValueError, match="torch.float64 of shape"):
         orthogonalise([x.double()], FOUR.coefficients)
     with pytest.raises(ValueError, match=r"shape \(4,\)"):
@@ -131,14 +152,16 @@ def test_clear_errors():
 
 
 def test_polar_takes_the_kernels_where_they_fit():
-    x = on_device(make("gaussian", 24, 40))
+    x, large = on_device(make("gaussian", 24, 40)), on_device(make("gaussian", 130, 140))
     fused = replace(FOUR, engine="fused")
-    assert torch.equal(fused(x), orthogonalise([x], FOUR.coefficients)[0])
-    assert torch.equal(fused.many([x, x.T])[1], orthogonalise([x, x.T], FOUR.coefficients)[1])
-    for change in (dict(normalize="frobenius"), dict(form="newton-schulz"), dict(dtype=torch.float32), dict(restart=2)):
+    results = fused.many([x.T, large, x])
+    assert torch.equal(results[0], results[2].T) and torch.equal(results[2], small_polar([x], FOUR.coefficients)[0])
+    assert torch.equal(results[1], orthogonalise([large], FOUR.coefficients, tiles=None)[0])
+    for change in (dict(normalize="frobenius"), dict(form="newton-schulz"), dict(dtype=torch.float32), dict(restart=1)):
         with pytest.raises(ValueError, match='engine="fused"'):
             replace(fused, **change)(x)
-    assert POLARS["turbo"].why_not_fused(DEVICE) is None
+    for name in ("turbo", "turbo-5", "turbo-published"):
+        assert POLARS[name].why_not_fused(DEVICE) is None
 
 
 @pytest.mark.gpu
@@ -173,10 +196,10 @@ def test_a_batch_of_more_than_two_to_the_31_elements(tall):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tiles", [Tiles(64, 64), Tiles(128, 128, warps=8), Tiles(128, 256, warps=8, stages=3)])
+@pytest.mark.parametrize("tiles", [Tiles(64, 64), Tiles(128, 128, warps=8), Tiles(128, 256, warps=8, flatten=False)])
 @pytest.mark.parametrize("shape", [(768, 768), (700, 3000), (2048, 2048)])
 def test_every_tile(shape, tiles):
     x = make("student-t2", *shape).cuda()
-    exact = polar_factor(x)
+    exact = polar_factor(x)  # on the GPU: minutes on a CPU
     ours, eager = orthogonalise([x], FOUR.coefficients, tiles=tiles)[0], FOUR(x)
     assert relative_error(ours, exact) <= 1.02 * relative_error(eager, exact) + 1e-3

@@ -8,7 +8,7 @@ from kernels.symmetric import Arena, Tiles, _triangle_root, _upper_tile
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 pytestmark = [pytest.mark.gpu] if GPU else []
-TILES = ([Tiles(64, 64), Tiles(128, 128, warps=8), Tiles(128, 256, warps=8, stages=3), Tiles(64, 128, flatten=False)]
+TILES = ([Tiles(64, 64), Tiles(128, 128, warps=8), Tiles(128, 256, warps=8, flatten=False), Tiles(64, 128, flatten=False)]
          if GPU else [Tiles(16, 16, depth=16, group=2), Tiles(16, 32, depth=16, group=1)])
 N_MATRIX, BATCH = (700, 5) if GPU else (70, 2)  # ragged: not a multiple of any tile
 COEFFICIENTS = (3.0, -4.0, 2.0)
@@ -58,17 +58,31 @@ def test_triangle_root_is_exact_where_float32_rounds():
 
 def test_product_and_pair_of_products(arena):
     before = slots(arena)
-    arena.product("plain", (0,), 1, (3,))
+    arena.product("plain", (0,), (1,), (3,))
     assert close(slots(arena)[3], before[0] @ before[1])
-    arena.product("plain", (0, 1), 2, (3, 4))
+    arena.product("plain", (0, 1), (2, 2), (3, 4))
     assert close(slots(arena)[3], before[0] @ before[2]) and close(slots(arena)[4], before[1] @ before[2])
     assert torch.equal(slots(arena)[:3], before[:3])
+
+
+@pytest.mark.parametrize("fulls", [1, 2])
+def test_products_in_full_keep_what_is_not_symmetric(arena, fulls):
+    generator = torch.Generator().manual_seed(2)
+    arena.matrices[0] = torch.randn(BATCH, arena.n, arena.n, generator=generator).half().to(DEVICE) / arena.n**0.5
+    arena.matrices[3:] = torch.nan
+    before = slots(arena)
+    arena.product("plain", (1, 0), (2, 1), (3, 4), full=fulls)
+    first, second = before[1] @ before[2].mT, before[0] @ before[1].mT
+    assert (slots(arena)[3] - first).abs().max() <= 2e-3 * first.abs().max()
+    assert (slots(arena)[4] - second).abs().max() <= 2e-3 * second.abs().max()
+    arena.product("plain", (0,), (1,), (3,), full=1)
+    assert (slots(arena)[3] - second).abs().max() <= 2e-3 * second.abs().max()
 
 
 def test_polynomial(arena):
     before = slots(arena)
     a, b, c = COEFFICIENTS
-    arena.product("polynomial", (0,), 0, (3,), r=1, coefficients=COEFFICIENTS)
+    arena.product("polynomial", (0,), (0,), (3,), r=1, coefficients=COEFFICIENTS)
     identity = torch.eye(arena.n, dtype=torch.float64, device=DEVICE)
     assert close(slots(arena)[3], a * identity + b * before[1] + c * before[0] @ before[0])
 
@@ -77,7 +91,7 @@ def test_polynomial(arena):
 def test_square_bound_and_first_step(arena, factor):
     arena.matrices[0] *= factor  # 0.01: the bound is far below 1 and R is to be scaled up
     r = slots(arena)[0]
-    arena.product("square", (0,), 0, (3,))
+    arena.product("square", (0,), (0,), (3,))
     s = slots(arena)[3]
     assert close(s, r @ r)
     norm = (r @ r).flatten(1).norm(dim=1)
@@ -92,9 +106,9 @@ def test_square_bound_and_first_step(arena, factor):
     scales /= bound[:, :, 0].sqrt()
     assert torch.allclose(arena.scales.double(), scales, rtol=1e-3)
     w = slots(arena)[1]
-    arena.product("divided", (0,), 1, (4,))
+    arena.product("divided", (0,), (1,), (4,))
     assert close(slots(arena)[4], r @ w / bound)
-    arena.product("scaled", (0,), 1, (2,))
+    arena.product("scaled", (0,), (1,), (2,))
     expected = r @ w * scales[:, None, :]
     assert (slots(arena)[2] - expected).abs().max() <= 2e-3 * expected.abs().max()
 
@@ -114,18 +128,18 @@ def test_gram_row_sums_and_scaling(arena, m):
     gram = unit.double() @ unit.double().mT
     assert close(slots(arena)[0], gram)
     sums = (gram.abs() @ arena.weights.double()[..., None])[..., 0]
-    assert torch.allclose(arena.sums.double().sum(1), sums, rtol=1e-4)
+    assert torch.allclose(arena.sums.double().sum(1), sums, rtol=1e-3)
     arena.scale()
     scales = (arena.weights.double() / sums.where(sums > 0, torch.ones_like(sums))).sqrt()
-    assert torch.allclose(arena.scales.double(), scales, rtol=1e-4)
+    assert torch.allclose(arena.scales.double(), scales, rtol=1e-3)
     assert close(slots(arena)[0], gram * scales[:, :, None] * scales[:, None, :])
     assert not slots(arena)[0][:, N_MATRIX:].any()
 
 
 def test_the_same_bits_every_time(arena):
-    arena.product("square", (0,), 0, (3,))
+    arena.product("square", (0,), (0,), (3,))
     once, norms = arena.matrices[3].clone(), arena.norms.clone()
-    arena.product("square", (0,), 0, (3,))
+    arena.product("square", (0,), (0,), (3,))
     assert torch.equal(arena.matrices[3], once) and torch.equal(arena.norms, norms)
 
 
