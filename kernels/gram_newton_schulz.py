@@ -13,7 +13,8 @@ to small_polar.py, which does all of this in one launch.
 
 A plan keeps its workspace (per matrix some six n×n and one n×m in half precision) and, outside of a caller's own CUDA
 graph, replays its n×n part as one graph, so that a call costs Python three launches for each shape. Plans belong to a
-stream; a call inside of a CUDA graph under capture makes its own. Eager twin: optim.polar.Polar with normalize="aol", form="gram".
+stream; a call inside of a CUDA graph under capture makes its own.
+Eager twin: optim.polar.Polar with normalize="aol", form="gram".
 """
 
 from collections.abc import Sequence
@@ -52,6 +53,9 @@ class Plan:
                  restart: int | None, dtype: torch.dtype, device: torch.device, tiles: Tiles | None = None):
         restart = restart or len(coefficients)
         self.segments = [coefficients[i : i + restart] for i in range(0, len(coefficients), restart)]
+        # V = WR is symmetric but for rounding. Taken in full, R ← V Wᵀ = W R Wᵀ is a congruence with the very W that goes
+        # into Q, so that R stays the Gram matrix of Q X: five steep steps need it. Four milder ones save the n³ a step.
+        self.full = int(len(self.segments) > 1)
         self.bound, batch = bound, sum(shape[0] for shape in shapes)
         self.tiles = tiles or choose_tiles(shapes[0][1], batch, multiprocessors(device))
         self.arena = Arena(_SLOTS, batch, shapes[0][1], dtype, device, self.tiles)
@@ -119,29 +123,28 @@ class Plan:
         """Q of the steps in `segment`, of R in its slot, into slot `self.result`; the first segment's Q brings t."""
         arena, w, q, spare = self.arena, 2, 3, 4
         last = len(segment) - 1
-        # V = WR is symmetric but for rounding. Taken in full, R ← W Vᵀ = W R Wᵀ is a congruence with the very W that went
-        # into Q, and R stays the Gram matrix of Q X: that is what lets steep steps live with float16. Four mild steps do
-        # without (error 0.38 for 0.32 on the low-rank test matrix, 0.53 with the published four), and it costs n³ a step.
-        full = int(len(self.segments) > 1)
-        for step, abc in enumerate(segment):
-            bounded = self.bound and first and step == 0
-            if bounded:
-                arena.product("square", (_R,), (_R,), (spare,))
-                arena.bounded_polynomial(_R, spare, w, abc)
+        alpha = 1.0  # the matrices in slots w and q are W − aI and Q − αI, the identity stays out of float16's rounding
+        for step, (a, b, c) in enumerate(segment):
+            if self.bound and first and step == 0:
+                arena.product((_R,), (_R,), (spare,), mode="square")
+                arena.bounded_polynomial(_R, spare, w, b, c)
             else:
-                arena.product("polynomial", (_R,), (_R,), (w,), r=_R, coefficients=abc)
+                arena.product((_R,), (_R,), (w,), p=c, x=(b, (_R,)), e=a if last == 0 else 0.0)
             if step == 0:
-                w, q = q, w  # W of the first step is Q
                 if last > 0:
-                    arena.product("divided" if bounded else "plain", (q,), (_R,), (_V,), full=full)
-                    arena.product("plain", (q,), (_V,), (_R,))
-                continue
-            if step < last:
-                arena.product("plain", (q, w), (w, _R), (spare, _V), full=full)
-                arena.product("plain", (w,), (_V,), (_R,))
+                    mode = "divided" if self.bound and first else "plain"
+                    arena.product((w,), (_R,), (_V,), x=(a, (_R,)), mode=mode, full=self.full)
+                    arena.product((_V,), (w,), (_R,), x=(a, (_V,)))
+                w, q = q, w
+            elif step < last:
+                arena.product((q, w), (w, _R), (spare, _V), x=(a, (q, _R)), y=(alpha, w), full=self.full)
+                arena.product((_V,), (w,), (_R,), x=(a, (_V,)))
+                w, q, spare = q, spare, w
             else:
-                arena.product("scaled" if first else "plain", (q,), (w,), (spare,))
-            w, q, spare = q, spare, w
+                arena.product((q,), (w,), (spare,), x=(a, (q,)), y=(alpha, w), e=alpha * a,
+                              mode="scaled" if first else "plain")
+                q = spare
+            alpha *= a
         self.result = q
 
 
@@ -156,8 +159,8 @@ def _operator(matrices: Sequence[Tensor], coefficients: Sequence[float], bound: 
     steps = tuple(tuple(coefficients[i : i + 3]) for i in range(0, len(coefficients), 3))
     results = orthogonalise(matrices, steps, bound=bound, restart=restart, dtype=dtype)
     # an operator's results may not share memory, as those of small matrices do, and lie as the next function says
-    return [o.contiguous() if o.untyped_storage().nbytes() == o.nbytes else o.clone(memory_format=torch.contiguous_format)
-            for o in results]
+    alone = (o if o.untyped_storage().nbytes() == o.nbytes else o.clone() for o in results)
+    return [o.contiguous() for o in alone]
 
 
 @_operator.register_fake
@@ -165,8 +168,9 @@ def _(matrices, coefficients, bound, restart, dtype):
     return [x.new_empty(x.shape, dtype=dtype) for x in matrices]
 
 
-def orthogonalise(matrices: Sequence[Tensor], coefficients: Coefficients, *, bound: bool = False, restart: int | None = None,
-                  dtype: torch.dtype = torch.float16, tiles: Tiles | None = None) -> list[Tensor]:
+def orthogonalise(matrices: Sequence[Tensor], coefficients: Coefficients, *, bound: bool = False,
+                  restart: int | None = None, dtype: torch.dtype = torch.float16,
+                  tiles: Tiles | None = None) -> list[Tensor]:
     """Polar factors of `matrices` by AOL and len(coefficients) ≥ 2 Newton-Schulz steps in Gram form.
 
     matrices  tensors (…, n, m), tall or wide, any strides, float32, float16 or bfloat16, on one device; read only

@@ -1,10 +1,10 @@
 """Products of symmetric matrices that commute, so that the result is symmetric: half the tiles, each written twice.
 
     gram      Γ = U Uᵀ, and the sums Σ_j |Γ_ij| r_j that AOL scaling needs            (arXiv 2512.04632)
-    product   P = A B and, in the same launch, what a Gram Newton-Schulz step makes of it (see gram_newton_schulz.py)
+    product   pAB + xX + yY + eI: every product of a Gram Newton-Schulz step (see gram_newton_schulz.py)
 
 Only tiles that touch the upper triangle are computed, n³ FLOPs a product instead of 2n³, and each is stored as it is and
-transposed. Sums, norms, αP + βD + γI and the scaling of columns happen while a tile is still in registers, so none of
+transposed. Sums, norms, addends and the scaling of columns happen while a tile is still in registers, so none of
 them costs a pass over memory. As B is symmetric, its rows serve as its columns: both operands are read along their rows,
 by the copy engine (tensor descriptors), from one persistent grid.
 
@@ -74,13 +74,13 @@ def _upper_tile(t, column_blocks, RATIO: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _epilogue(acc, out, sums, weights, norms, bounds, scales, full, z, pieces, piece, row, column, base, end, base_r, a,
-              b, c, N, MODE: tl.constexpr, SIZE: tl.constexpr):
+def _epilogue(acc, out, sums, weights, norms, bounds, scales, full, z, pieces, piece, row, column, base, end, base_x,
+              base_y, p, x, y, e, N, MODE: tl.constexpr, ADDENDS: tl.constexpr, SIZE: tl.constexpr):
     """One SIZE × SIZE piece of P = acc at (row, column) of matrix z. Pieces below the diagonal come from those above, but
     for a product in `full`.
 
-    Straight-line code, so that the compiler can overlap it with the next tile's loads: a store that is not wanted goes to
-    row `end`, beyond the arena, where the copy engine drops it.
+    Next to no branches, so that the compiler can overlap it with the next tile's loads: a store that is not wanted goes
+    to row `end`, beyond the arena, where the copy engine drops it.
     """
     rows, columns = row + tl.arange(0, SIZE), column + tl.arange(0, SIZE)
     vector = z.to(tl.int64) * N
@@ -94,30 +94,35 @@ def _epilogue(acc, out, sums, weights, norms, bounds, scales, full, z, pieces, p
     if MODE == "square":
         times = tl.where(row < column, 2.0, tl.where(row == column, 1.0, 0.0))
         tl.store(norms + z.to(tl.int64) * pieces + piece, tl.sum(acc * acc) * times)
+    if ADDENDS > 0:
+        acc = p * acc + x * out.load([base_x + row, column]).to(tl.float32)
+    if ADDENDS > 1:
+        acc += y * out.load([base_y + row, column]).to(tl.float32)
+        acc += tl.where(rows[:, None] == columns[None, :], e, 0.0)
     if MODE == "divided":
         acc = acc / tl.load(bounds + z)
-    if MODE == "polynomial":  # P = RR:  W = aI + bR + cP
-        identity = tl.where(rows[:, None] == columns[None, :], a, 0.0)
-        acc = identity + b * out.load([base_r + row, column]).to(tl.float32) + c * acc
     mirror = acc
     if MODE == "scaled":  # columns, so the result is not symmetric any more
         mirror = acc * tl.load(scales + vector + rows)[:, None]
         acc = acc * tl.load(scales + vector + columns)[None, :]
     tile, transposed = acc.to(out.dtype), tl.trans(mirror.to(out.dtype))
-    if (row == column) & (full == 0):  # rounding differs by the order of factors, and an asymmetry would grow from step to step
+    if (row == column) & (full == 0):  # rounding differs by the order of factors, and asymmetry grows in later steps
         tile = tl.where(rows[:, None] <= columns[None, :], tile, transposed)
     out.store([tl.where((row <= column) | (full != 0), base + row, end), column], tile)
     out.store([tl.where((row < column) & (full == 0), base + column, end), row], transposed)
 
 
-_NUMBERS = ["batch", "halves", "fulls", "left_0", "left_1", "right_0", "right_1", "out_0", "out_1", "r", "pieces", "end"]
+_NUMBERS = ["batch", "halves", "fulls", "left_0", "left_1", "right_0", "right_1", "out_0",
+            "out_1", "x_0", "x_1", "y_0", "pieces", "end"]
 
 
 @triton.jit(do_not_specialize=_NUMBERS)  # else each new count or slot could mean another compilation
 def _product_kernel(left, right, out, sums, weights, norms, bounds, scales, batch, halves, fulls, N, K, left_0, left_1,
-                    right_0, right_1, out_0, out_1, end, r, pieces, a, b, c, MODE: tl.constexpr, ROWS: tl.constexpr,
-                    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr):
-    """`halves` symmetric products, then `fulls` whole ones; operands 0 serve the first `batch`, operands 1 the rest."""
+                    right_0, right_1, out_0, out_1, x_0, x_1, y_0, end, pieces, p, x, y, e, MODE: tl.constexpr,
+                    ADDENDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+                    GROUP: tl.constexpr, FLATTEN: tl.constexpr):
+    """`halves` symmetric products, then `fulls` whole ones; operands 0 serve the first `batch`, operands 1 the rest,
+    which has no Y."""
     RATIO: tl.constexpr = COLUMNS // ROWS
     column_blocks = N // COLUMNS
     tiles = RATIO * _triangle(column_blocks)
@@ -125,30 +130,31 @@ def _product_kernel(left, right, out, sums, weights, norms, bounds, scales, batc
     for index in tl.range(tl.program_id(0), halves * tiles + fulls * square, tl.num_programs(0), flatten=FLATTEN):
         beyond = index - halves * tiles
         full = (beyond >= 0).to(tl.int32)
-        y = tl.where(full != 0, halves + beyond // square, index // tiles)
+        number = tl.where(full != 0, halves + beyond // square, index // tiles)
         t = tl.where(full != 0, beyond % square, index % tiles)
         half_row, half_column = _upper_tile(index % tiles, column_blocks, RATIO, GROUP)
         row = tl.where(full != 0, t % (RATIO * column_blocks), half_row) * ROWS
         column = tl.where(full != 0, t // (RATIO * column_blocks), half_column) * COLUMNS
-        z = y % batch
-        first = y < batch
+        z = number % batch
+        first = number < batch
         left_row = (tl.where(first, left_0, left_1) + z) * N + row
         right_row = (tl.where(first, right_0, right_1) + z) * N + column
         acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for k in tl.range(0, K, DEPTH):
             acc = tl.dot(left.load([left_row, k]), right.load([right_row, k]).T, acc)
         base = (tl.where(first, out_0, out_1) + z) * N
-        base_r = (r + z) * N
+        base_x, base_y = (tl.where(first, x_0, x_1) + z) * N, (y_0 + z) * N
+        y_now = tl.where(first, y, 0.0)
         piece = t * RATIO
         if RATIO == 1:
-            _epilogue(acc, out, sums, weights, norms, bounds, scales, full, z, pieces, piece, row, column, base, end, base_r,
-                      a, b, c, N, MODE, ROWS)
+            _epilogue(acc, out, sums, weights, norms, bounds, scales, full, z, pieces, piece, row, column, base, end,
+                      base_x, base_y, p, x, y_now, e, N, MODE, ADDENDS, ROWS)
         else:
             one, two = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, ROWS)), (0, 2, 1)))
-            _epilogue(one, out, sums, weights, norms, bounds, scales, full, z, pieces, piece, row, column, base, end, base_r,
-                      a, b, c, N, MODE, ROWS)
-            _epilogue(two, out, sums, weights, norms, bounds, scales, full, z, pieces, piece + 1, row, column + ROWS, base,
-                      end, base_r, a, b, c, N, MODE, ROWS)
+            _epilogue(one, out, sums, weights, norms, bounds, scales, full, z, pieces, piece, row, column, base, end,
+                      base_x, base_y, p, x, y_now, e, N, MODE, ADDENDS, ROWS)
+            _epilogue(two, out, sums, weights, norms, bounds, scales, full, z, pieces, piece + 1, row, column + ROWS,
+                      base, end, base_x, base_y, p, x, y_now, e, N, MODE, ADDENDS, ROWS)
 
 
 @triton.jit
@@ -179,8 +185,8 @@ def _scale_kernel(arena, sums, weights, scales, N, BLOCK: tl.constexpr, ROWS: tl
 
 
 @triton.jit(do_not_specialize=["pieces", "r", "s", "w"])
-def _bounded_kernel(matrices, norms, bounds, scales, N, pieces, r, s, w, a, b, c, BLOCK: tl.constexpr):
-    """W = aI + bR + cS of R and S after division by the bound β = min(1, ‖S‖_F^½); writes β, divides t by its root."""
+def _bounded_kernel(matrices, norms, bounds, scales, N, pieces, r, s, w, b, c, BLOCK: tl.constexpr):
+    """W = bR/β + cS/β² with the bound β = min(1, ‖S‖_F^½) on R's eigenvalues; writes β, divides t by its root."""
     z = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -194,8 +200,7 @@ def _bounded_kernel(matrices, norms, bounds, scales, N, pieces, r, s, w, a, b, c
     area = N.to(tl.int64) * N
     value_r = tl.load(matrices + r * area + where).to(tl.float32)
     value_s = tl.load(matrices + s * area + where).to(tl.float32)
-    identity = tl.where(rows[:, None] == columns[None, :], a, 0.0)
-    value = identity + (b / bound) * value_r + (c / bound / bound) * value_s
+    value = (b / bound) * value_r + (c / bound / bound) * value_s
     tl.store(matrices + w * area + where, value.to(matrices.dtype.element_ty))
     if tl.program_id(2) == 0:
         at = scales + z * N + rows
@@ -235,7 +240,7 @@ class Arena:
         flat = unit.view(-1, unit.size(-1))
         left, right = (TensorDescriptor.from_tensor(flat, [rows, self.tiles.depth])
                        for rows in (self.tiles.rows, self.tiles.columns))
-        self._launch("gram", left, right, unit.size(0), 0, unit.size(-1), (0, 0, 0, 0, first, 0), vectors=first)
+        self._launch("gram", left, right, unit.size(0), 0, unit.size(-1), (0, 0, 0, 0, first, 0, 0, 0, 0), vectors=first)
 
     def scale(self) -> None:
         """Slot 0: Γ -> R = diag(t) Γ diag(t)."""
@@ -244,29 +249,33 @@ class Arena:
         _scale_kernel[grid](self.matrices, self.sums, self.weights, self.scales, self.n, BLOCK=block,
                             ROWS=self.tiles.rows)
 
-    def bounded_polynomial(self, r: int, s: int, w: int, coefficients: tuple[float, float, float]) -> None:
-        """Slot w ← aI + bR/β + cS/β² with R in slot r and S, a "square", in slot s; β goes into `self.bounds`, which
-        mode "divided" reads, and its inverse root into `self.scales`."""
+    def bounded_polynomial(self, r: int, s: int, w: int, b: float, c: float) -> None:
+        """Slot w ← bR/β + cS/β² with R in slot r and S, a "square", in slot s; β goes into `self.bounds`, which mode
+        "divided" reads, and its inverse root into `self.scales`."""
         block = min(64, self.tiles.rows)
         grid = (self.batch, self.n // block, self.n // block)
-        b = self.batch
-        _bounded_kernel[grid](self.matrices, self.norms, self.bounds, self.scales, self.n, self.pieces, b * r, b * s,
-                              b * w, *coefficients, BLOCK=block)
+        slots = (self.batch * slot for slot in (r, s, w))
+        _bounded_kernel[grid](self.matrices, self.norms, self.bounds, self.scales, self.n, self.pieces, *slots, b, c,
+                              BLOCK=block)
 
-    def product(self, mode: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], *, r: int = 0,
-                coefficients=(0.0, 0.0, 0.0), full: int = 0) -> None:
-        """out[i] ← left[i] · right[i]ᵀ, slots by number, for one i or two in one launch.
+    def product(self, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], *, p: float = 1.0,
+                x: tuple[float, tuple[int, ...]] | None = None, y: tuple[float, int] | None = None, e: float = 0.0,
+                mode: str = "plain", full: int = 0) -> None:
+        """out[i] ← p · left[i] · right[i]ᵀ + xX[i] + yY + eI, slots by number, for one i or two in one launch.
 
-        mode  "plain"; "square": also ‖out‖_F² into `self.norms`; "divided": by β; "scaled": columns times t;
-              "polynomial": aI + bR + c·product with R in slot r
-        full  how many of them, from the last one on, are not symmetric and need all of their tiles
+        x, y  (factor, slots of X) and (factor, slot of Y); the second of two products has no Y. p and e need them too
+        mode  "plain"; "square": also ‖out‖_F² into `self.norms`; "divided": by β; "scaled": columns times t
+        full  how many of the products, from the last one on, are not symmetric and need all of their tiles
         """
         b = self.batch
-        left, right, out = ([b * slot for slot in slots] for slots in (left, right, out))
-        self._launch(mode, self.left, self.right, b * (len(left) - full), b * full, self.n,
-                     (left[0], left[-1], right[0], right[-1], out[0], out[-1]), b * r, coefficients)
+        addends = 0 if x is None else 1 if y is None and e == 0 else 2
+        x, y = x or (0.0, out), y or (0.0, out[0])
+        slots = (left[0], left[-1], right[0], right[-1], out[0], out[-1], x[1][0], x[1][-1], y[1])
+        self._launch(mode, self.left, self.right, b * (len(left) - full), b * full, self.n, [b * slot for slot in slots],
+                     (p, x[0], y[0], e), addends)
 
-    def _launch(self, mode, left, right, halves, fulls, depth, operands, r=0, coefficients=(0.0, 0.0, 0.0), vectors=0):
+    def _launch(self, mode, left, right, halves, fulls, depth, slots, factors=(1.0, 0.0, 0.0, 0.0), addends=0,
+                vectors=0):
         t = self.tiles
         whole = self.n // t.rows * (self.n // t.columns)
         programs = min(self.programs * t.resident, halves * t.count(self.n) + fulls * whole)
@@ -274,6 +283,6 @@ class Arena:
         options = {} if t.registers is None else {"maxnreg": t.registers}
         _product_kernel[(programs,)](
             left, right, self.out, self.sums[vectors:], self.weights[vectors:], self.norms, self.bounds, self.scales,
-            batch, halves, fulls, self.n, depth, *operands, self.end, r, self.pieces, *coefficients, MODE=mode,
+            batch, halves, fulls, self.n, depth, *slots, self.end, self.pieces, *factors, MODE=mode, ADDENDS=addends,
             ROWS=t.rows, COLUMNS=t.columns, DEPTH=t.depth, GROUP=t.group, FLATTEN=t.flatten, num_warps=t.warps,
             num_stages=t.stages, **options)

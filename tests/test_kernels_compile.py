@@ -22,9 +22,10 @@ from kernels.symmetric import _product_kernel as kernel
 mode, n, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 t = choose_tiles(n, batch, 132)
 tile = lambda rows, columns: f"tensordesc<fp16[{rows}, {columns}]>"
-kinds = dict(left=tile(t.rows, t.depth), right=tile(t.columns, t.depth), out=tile(t.rows, t.rows), a="fp32", b="fp32",
-             c="fp32", **dict.fromkeys(("sums", "weights", "norms", "bounds", "scales"), "*fp32"))
-constants = dict(MODE=mode, ROWS=t.rows, COLUMNS=t.columns, DEPTH=t.depth, GROUP=t.group, FLATTEN=t.flatten)
+kinds = dict(left=tile(t.rows, t.depth), right=tile(t.columns, t.depth), out=tile(t.rows, t.rows), p="fp32", x="fp32",
+             y="fp32", e="fp32", **dict.fromkeys(("sums", "weights", "norms", "bounds", "scales"), "*fp32"))
+constants = dict(MODE=mode, ADDENDS={"gram": 0, "plain": 1, "scaled": 2}[mode], ROWS=t.rows, COLUMNS=t.columns,
+                 DEPTH=t.depth, GROUP=t.group, FLATTEN=t.flatten)
 signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
 aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
            if name in ("N", "K") or signature[name][0] == "*"}
@@ -37,7 +38,7 @@ print(json.dumps(dict(shared=compiled.metadata.shared, wgmma=ptx.count("wgmma.mm
 """
 
 
-@pytest.mark.parametrize("mode", ["gram", "polynomial", "scaled"])
+@pytest.mark.parametrize("mode", ["gram", "plain", "scaled"])
 @pytest.mark.parametrize("n, batch", [(768, 1), (768, 44), (4096, 1), (8192, 1)])
 def test_product_kernel_compiles_for_hopper(mode, n, batch):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -11,7 +11,6 @@ pytestmark = [pytest.mark.gpu] if GPU else []
 TILES = ([Tiles(64, 64), Tiles(128, 128, warps=8), Tiles(128, 256, warps=8, flatten=False), Tiles(64, 128, flatten=False)]
          if GPU else [Tiles(16, 16, depth=16, group=2), Tiles(16, 32, depth=16, group=1)])
 N_MATRIX, BATCH = (700, 5) if GPU else (70, 2)  # ragged: not a multiple of any tile
-COEFFICIENTS = (3.0, -4.0, 2.0)
 
 
 @pytest.fixture(params=TILES, ids=lambda t: f"{t.rows}x{t.columns}")
@@ -56,13 +55,28 @@ def test_triangle_root_is_exact_where_float32_rounds():
         assert out.tolist() == [i - 1, i]
 
 
+def identity(arena):
+    return torch.eye(arena.n, dtype=torch.float64, device=DEVICE)
+
+
 def test_product_and_pair_of_products(arena):
     before = slots(arena)
-    arena.product("plain", (0,), (1,), (3,))
+    arena.product((0,), (1,), (3,))
     assert close(slots(arena)[3], before[0] @ before[1])
-    arena.product("plain", (0, 1), (2, 2), (3, 4))
+    arena.product((0, 1), (2, 2), (3, 4))
     assert close(slots(arena)[3], before[0] @ before[2]) and close(slots(arena)[4], before[1] @ before[2])
     assert torch.equal(slots(arena)[:3], before[:3])
+
+
+def test_addends(arena):
+    before = slots(arena)
+    arena.product((0,), (0,), (3,), p=2.0, x=(-4.0, (1,)))
+    assert close(slots(arena)[3], 2 * before[0] @ before[0] - 4 * before[1])
+    arena.product((0, 1), (2, 0), (3, 4), x=(3.0, (1, 2)), y=(-2.0, 0))
+    assert close(slots(arena)[3], before[0] @ before[2] + 3 * before[1] - 2 * before[0])
+    assert close(slots(arena)[4], before[1] @ before[0] + 3 * before[2])
+    arena.product((0,), (1,), (3,), p=0.5, x=(3.0, (1,)), e=1.5)
+    assert close(slots(arena)[3], before[0] @ before[1] / 2 + 3 * before[1] + 1.5 * identity(arena))
 
 
 @pytest.mark.parametrize("fulls", [1, 2])
@@ -71,45 +85,35 @@ def test_products_in_full_keep_what_is_not_symmetric(arena, fulls):
     arena.matrices[0] = torch.randn(BATCH, arena.n, arena.n, generator=generator).half().to(DEVICE) / arena.n**0.5
     arena.matrices[3:] = torch.nan
     before = slots(arena)
-    arena.product("plain", (1, 0), (2, 1), (3, 4), full=fulls)
-    first, second = before[1] @ before[2].mT, before[0] @ before[1].mT
+    arena.product((1, 0), (2, 1), (3, 4), x=(2.0, (1, 0)), full=fulls)
+    first, second = before[1] @ before[2].mT + 2 * before[1], before[0] @ before[1].mT + 2 * before[0]
     assert (slots(arena)[3] - first).abs().max() <= 2e-3 * first.abs().max()
     assert (slots(arena)[4] - second).abs().max() <= 2e-3 * second.abs().max()
-    arena.product("plain", (0,), (1,), (3,), full=1)
+    arena.product((0,), (1,), (3,), x=(2.0, (0,)), full=1)
     assert (slots(arena)[3] - second).abs().max() <= 2e-3 * second.abs().max()
-
-
-def test_polynomial(arena):
-    before = slots(arena)
-    a, b, c = COEFFICIENTS
-    arena.product("polynomial", (0,), (0,), (3,), r=1, coefficients=COEFFICIENTS)
-    identity = torch.eye(arena.n, dtype=torch.float64, device=DEVICE)
-    assert close(slots(arena)[3], a * identity + b * before[1] + c * before[0] @ before[0])
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.01])
 def test_square_bound_and_first_step(arena, factor):
     arena.matrices[0] *= factor  # 0.01: the bound is far below 1 and R is to be scaled up
     r = slots(arena)[0]
-    arena.product("square", (0,), (0,), (3,))
+    arena.product((0,), (0,), (3,), mode="square")
     s = slots(arena)[3]
     assert close(s, r @ r)
     norm = (r @ r).flatten(1).norm(dim=1)
     assert torch.allclose(arena.norms.double().sum(1).sqrt(), norm, rtol=1e-3)
     arena.scales.uniform_(0.5, 2)
     scales = arena.scales.double()
-    arena.bounded_polynomial(0, 3, 1, COEFFICIENTS)
+    arena.bounded_polynomial(0, 3, 1, -4.0, 2.0)
     bound = norm.sqrt().clamp(max=1)[:, None, None]
-    a, b, c = COEFFICIENTS
-    w = a * torch.eye(arena.n, dtype=torch.float64, device=DEVICE) + b * r / bound + c * s / bound**2
-    assert close(slots(arena)[1], w)
+    assert close(slots(arena)[1], -4 * r / bound + 2 * s / bound**2)
     scales /= bound[:, :, 0].sqrt()
     assert torch.allclose(arena.scales.double(), scales, rtol=1e-3)
     w = slots(arena)[1]
-    arena.product("divided", (0,), (1,), (4,))
-    assert close(slots(arena)[4], r @ w / bound)
-    arena.product("scaled", (0,), (1,), (2,))
-    expected = r @ w * scales[:, None, :]
+    arena.product((1,), (0,), (4,), x=(3.0, (0,)), mode="divided")
+    assert close(slots(arena)[4], (w @ r + 3 * r) / bound)
+    arena.product((0,), (1,), (2,), x=(3.0, (0,)), y=(2.0, 1), e=6.0, mode="scaled")
+    expected = (r @ w + 3 * r + 2 * w + 6 * identity(arena)) * scales[:, None, :]
     assert (slots(arena)[2] - expected).abs().max() <= 2e-3 * expected.abs().max()
 
 
@@ -137,9 +141,9 @@ def test_gram_row_sums_and_scaling(arena, m):
 
 
 def test_the_same_bits_every_time(arena):
-    arena.product("square", (0,), (0,), (3,))
+    arena.product((0,), (0,), (3,), mode="square")
     once, norms = arena.matrices[3].clone(), arena.norms.clone()
-    arena.product("square", (0,), (0,), (3,))
+    arena.product((0,), (0,), (3,), mode="square")
     assert torch.equal(arena.matrices[3], once) and torch.equal(arena.norms, norms)
 
 
