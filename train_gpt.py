@@ -7,7 +7,7 @@
 
 Result: the wiki preset with Turbo-Muon ends at a validation loss of 3.433 after 159 s of training on one NVIDIA H200
 (torch 2.11, mean of n = 3, standard deviation 0.002: records/wiki-3.324, turbo-muon-seed0, 1 and 2 of 2026-11-22_20 and
-_21). The FineWeb run on 8 GPUs: not yet measured.
+_21; its coefficients have changed since). The FineWeb run on 8 GPUs: not yet measured.
 
 One file, one story: settings, schedules, attention, model, training. The same run on 1, 2, 4 or 8 GPUs sees the same
 batches; fewer GPUs accumulate gradients. Ideas from modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt) are

@@ -123,7 +123,9 @@ class Plan:
         """Q of the steps in `segment`, of R in its slot, into slot `self.result`; the first segment's Q brings t."""
         arena, w, q, spare = self.arena, 2, 3, 4
         last = len(segment) - 1
-        alpha = 1.0  # the matrices in slots w and q are W − aI and Q − αI, the identity stays out of float16's rounding
+        # Slot w holds W − aI: with its identity, which most of W is, float16's rounding would be ten times as large. Slot
+        # q holds Q − alpha·I: alpha is a after the first step, where it is W, and 0 from then on.
+        alpha = 0.0
         for step, (a, b, c) in enumerate(segment):
             if self.bound and first and step == 0:
                 arena.product((_R,), (_R,), (spare,), mode="square")
@@ -135,20 +137,19 @@ class Plan:
                     mode = "divided" if self.bound and first else "plain"
                     arena.product((w,), (_R,), (_V,), x=(a, (_R,)), mode=mode, full=self.full)
                     arena.product((_V,), (w,), (_R,), x=(a, (_V,)))
-                w, q = q, w
-            elif step < last:
-                arena.product((q, w), (w, _R), (spare, _V), x=(a, (q, _R)), y=(alpha, w), full=self.full)
+                w, q, alpha = q, w, a
+                continue
+            from_first = dict(y=(alpha, w), e=alpha * a) if alpha else {}
+            if step < last:
+                arena.product((q, w), (w, _R), (spare, _V), x=(a, (q, _R)), **from_first, full=self.full)
                 arena.product((_V,), (w,), (_R,), x=(a, (_V,)))
-                w, q, spare = q, spare, w
             else:
-                arena.product((q,), (w,), (spare,), x=(a, (q,)), y=(alpha, w), e=alpha * a,
-                              mode="scaled" if first else "plain")
-                q = spare
-            alpha *= a
+                arena.product((q,), (w,), (spare,), x=(a, (q,)), **from_first, mode="scaled" if first else "plain")
+            w, q, spare, alpha = q, spare, w, 0.0
         self.result = q
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)  # each holds its workspace
 def _plan(shapes, coefficients, bound, restart, dtype, device, tiles, stream) -> Plan:
     return Plan(shapes, coefficients, bound, restart, dtype, device, tiles)  # one for each stream: they share no workspace
 

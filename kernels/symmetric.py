@@ -122,7 +122,7 @@ def _product_kernel(left, right, out, sums, weights, norms, bounds, scales, batc
                     ADDENDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
                     GROUP: tl.constexpr, FLATTEN: tl.constexpr):
     """`halves` symmetric products, then `fulls` whole ones; operands 0 serve the first `batch`, operands 1 the rest,
-    which has no Y."""
+    which have no Y and no identity."""
     RATIO: tl.constexpr = COLUMNS // ROWS
     column_blocks = N // COLUMNS
     tiles = RATIO * _triangle(column_blocks)
@@ -144,17 +144,17 @@ def _product_kernel(left, right, out, sums, weights, norms, bounds, scales, batc
             acc = tl.dot(left.load([left_row, k]), right.load([right_row, k]).T, acc)
         base = (tl.where(first, out_0, out_1) + z) * N
         base_x, base_y = (tl.where(first, x_0, x_1) + z) * N, (y_0 + z) * N
-        y_now = tl.where(first, y, 0.0)
+        y_now, e_now = tl.where(first, y, 0.0), tl.where(first, e, 0.0)
         piece = t * RATIO
         if RATIO == 1:
             _epilogue(acc, out, sums, weights, norms, bounds, scales, full, z, pieces, piece, row, column, base, end,
-                      base_x, base_y, p, x, y_now, e, N, MODE, ADDENDS, ROWS)
+                      base_x, base_y, p, x, y_now, e_now, N, MODE, ADDENDS, ROWS)
         else:
             one, two = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, ROWS)), (0, 2, 1)))
             _epilogue(one, out, sums, weights, norms, bounds, scales, full, z, pieces, piece, row, column, base, end,
-                      base_x, base_y, p, x, y_now, e, N, MODE, ADDENDS, ROWS)
+                      base_x, base_y, p, x, y_now, e_now, N, MODE, ADDENDS, ROWS)
             _epilogue(two, out, sums, weights, norms, bounds, scales, full, z, pieces, piece + 1, row, column + ROWS,
-                      base, end, base_x, base_y, p, x, y_now, e, N, MODE, ADDENDS, ROWS)
+                      base, end, base_x, base_y, p, x, y_now, e_now, N, MODE, ADDENDS, ROWS)
 
 
 @triton.jit
@@ -263,7 +263,8 @@ class Arena:
                 mode: str = "plain", full: int = 0) -> None:
         """out[i] ← p · left[i] · right[i]ᵀ + xX[i] + yY + eI, slots by number, for one i or two in one launch.
 
-        x, y  (factor, slots of X) and (factor, slot of Y); the second of two products has no Y. p and e need them too
+        x, y  (factor, slots of X) and (factor, slot of Y); the second of two products has no Y and no identity.
+              p and e need X
         mode  "plain"; "square": also ‖out‖_F² into `self.norms`; "divided": by β; "scaled": columns times t
         full  how many of the products, from the last one on, are not symmetric and need all of their tiles
         """

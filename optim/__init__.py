@@ -99,6 +99,7 @@ OPTIMIZERS = {  # name -> factory(route(model), lr=…, …) -> one optimizer fo
     "muon-plus": partial(_with_adam, matrices=partial(Muon, polar="muon-plus")),
     "polar-express": partial(_with_adam, matrices=partial(Muon, polar="polar-express")),
     "turbo-muon": partial(_with_adam, matrices=partial(Muon, polar="turbo")),
+    "turbo-muon-5": partial(_with_adam, matrices=partial(Muon, polar="turbo-5")),
     "turbo-muon-published": partial(_with_adam, matrices=partial(Muon, polar="turbo-published")),
 }
 

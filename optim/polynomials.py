@@ -88,7 +88,7 @@ def minimax(steps: int, lower: float, cushion: float = 0.0, safety: float = 1.0)
 # Polar Express as published: five steps for singular values down to 1e-3.
 POLAR_EXPRESS: Coefficients = minimax(5, 1e-3, cushion=0.02407327424182761, safety=1.05)
 
-# Four steps for singular values down to 3e-3 of the bound; 3e-3 is a choice, not yet searched on momentum of a run.
+# Four steps for singular values down to 3e-3 of the bound: turbo-muon before FITTED, and the steep set that tests use.
 TURBO_MINIMAX: Coefficients = minimax(4, 3e-3, safety=1.02)
 
 # Fitted by optim/fit.py (its defaults; 3 with --free) to the momentum of one run, records/studies/momentum-spectra, for
