@@ -23,27 +23,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import multiprocessors
 from .small_polar import SMALL, small_polar
-from .symmetric import Arena, Tiles
+from .symmetric import Arena
+from .tiles import Tiles, choose
 from .unit_rows import unit_rows
 
 Coefficients = tuple[tuple[float, float, float], ...]
 _R, _V = 0, 1  # slots of the arena; the other three take turns as W, Q and the next Q
 _SLOTS = 5
-
-
-def choose_tiles(n: int, batch: int, programs: int) -> Tiles:
-    """The cut for `batch` matrices n×n. From sweeps on an H200 (132 multiprocessors): records/studies/tiles."""
-    if programs < 16:  # the interpreter: small, so that tests cross tiles
-        return Tiles(16, 32, depth=16, group=2) if n > 64 else Tiles(16, 16, depth=16, group=2)
-    if n > 6000:
-        return Tiles(128, 256, warps=8, stages=4, group=4, flatten=False)
-    middle = Tiles(128, 128, warps=8, stages=4, group=4, flatten=n < 2048)
-    padded = -(-n // middle.columns) * middle.columns
-    if batch * middle.count(padded) >= programs:
-        return middle
-    return Tiles(64, 64, depth=128, stages=3)  # too few tiles to go round: smaller ones
 
 
 class Plan:
@@ -57,7 +44,7 @@ class Plan:
         # into Q, so that R stays the Gram matrix of Q X: five steep steps need it. Four milder ones save the n³ a step.
         self.full = int(len(self.segments) > 1)
         self.bound, batch = bound, sum(shape[0] for shape in shapes)
-        self.tiles = tiles or choose_tiles(shapes[0][1], batch, multiprocessors(device))
+        self.tiles = tiles or choose(shapes[0][1], batch, device)
         self.arena = Arena(_SLOTS, batch, shapes[0][1], dtype, device, self.tiles)
         depth = self.tiles.depth
         padded = [(b, self.arena.n, -(-m // depth) * depth) for b, _, m in shapes]
@@ -176,7 +163,7 @@ def orthogonalise(matrices: Sequence[Tensor], coefficients: Coefficients, *, bou
 
     matrices  tensors (…, n, m), tall or wide, any strides, float32, float16 or bfloat16, on one device; read only
     bound     divide by min(1, ‖S‖_F^¼) as well, S = (XXᵀ)² after AOL
-    tiles     how to cut products; given, small matrices are not treated apart. None: `choose_tiles`
+    tiles     how to cut products; given, small matrices are not treated apart. None: kernels.tiles.choose
     restart   after every so many steps (2 or more; None: never) multiply Q into X and compute the Gram matrix anew, which
               takes the rounding out of R: five fitted steps need it
     dtype     of storage and of the result: torch.float16 or torch.bfloat16; products accumulate in float32

@@ -12,8 +12,6 @@ All n×n matrices live in one tensor, the arena (slots · batch, N, N), N a mult
 Every sum is taken in a fixed order (no atomics): the same input gives the same bits. Eager twin: optim/polar.py.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -21,26 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import multiprocessors
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How a product is cut: rows × columns of a tile, depth of a stage, warps, stages, tile columns in a super-row."""
-
-    rows: int
-    columns: int  # rows, or twice as many
-    depth: int = 64
-    warps: int = 4
-    stages: int = 4
-    group: int = 8
-    flatten: bool = True
-    resident: int = 1  # programs on a multiprocessor at a time
-    registers: int | None = None  # at most so many a thread, so that `resident` fit
-
-    def count(self, n: int) -> int:
-        """Tiles of the upper triangle of an n×n matrix, n a multiple of `columns`."""
-        blocks = n // self.columns
-        return self.columns // self.rows * blocks * (blocks + 1) // 2
+from .tiles import Tiles
 
 
 @triton.jit

@@ -6,10 +6,9 @@ import pytest
 import torch
 from matrices import DISTRIBUTIONS, make, polar_factor, relative_error
 
-from kernels import gram_newton_schulz, multiprocessors
-from kernels.gram_newton_schulz import choose_tiles
+from kernels import gram_newton_schulz
 from kernels.small_polar import small_polar
-from kernels.symmetric import Tiles
+from kernels.tiles import Tiles, choose
 from kernels.unit_rows import unit_rows
 from optim import POLARS, Polar, polynomials
 
@@ -26,7 +25,7 @@ def on_device(x):
 
 def orthogonalise(xs, coefficients, **options):
     """With tiles given, which keeps small matrices, quick to test, out of small_polar's hands."""
-    options.setdefault("tiles", choose_tiles(min(xs[0].shape[-2:]), 1, multiprocessors(DEVICE)))
+    options.setdefault("tiles", choose(min(xs[0].shape[-2:]), 1, DEVICE))
     return gram_newton_schulz.orthogonalise(xs, coefficients, **options)
 
 

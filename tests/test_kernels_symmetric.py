@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kernels.symmetric import Arena, Tiles, _triangle_root, _upper_tile
+from kernels.symmetric import Arena, _triangle_root, _upper_tile
+from kernels.tiles import Tiles
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
