@@ -40,8 +40,8 @@ class Plan:
                  restart: int | None, dtype: torch.dtype, device: torch.device, tiles: Tiles | None = None):
         restart = restart or len(coefficients)
         self.segments = [coefficients[i : i + restart] for i in range(0, len(coefficients), restart)]
-        # V = WR is symmetric but for rounding. Taken in full, R ← V Wᵀ = W R Wᵀ is a congruence with the very W that goes
-        # into Q, so that R stays the Gram matrix of Q X: five steep steps need it. Four milder ones save the n³ a step.
+        # V = WR is symmetric but for rounding. Taken in full, R ← V Wᵀ = W R Wᵀ is a congruence with the W that goes into
+        # Q, so that R stays the Gram matrix of Q X: five steep steps need it. Four milder ones save the n³ a step.
         self.full = int(len(self.segments) > 1)
         self.bound, batch = bound, sum(shape[0] for shape in shapes)
         self.tiles = tiles or choose(shapes[0][1], batch, device)
@@ -110,7 +110,7 @@ class Plan:
         """Q of the steps in `segment`, of R in its slot, into slot `self.result`; the first segment's Q brings t."""
         arena, w, q, spare = self.arena, 2, 3, 4
         last = len(segment) - 1
-        # Slot w holds W − aI: with its identity, which most of W is, float16's rounding would be ten times as large. Slot
+        # Slot w holds W − aI: with its identity, most of W, float16's rounding would be ten times as large. Slot
         # q holds Q − alpha·I: alpha is a after the first step, where it is W, and 0 from then on.
         alpha = 0.0
         for step, (a, b, c) in enumerate(segment):
@@ -138,7 +138,7 @@ class Plan:
 
 @lru_cache(maxsize=16)  # each holds its workspace
 def _plan(shapes, coefficients, bound, restart, dtype, device, tiles, stream) -> Plan:
-    return Plan(shapes, coefficients, bound, restart, dtype, device, tiles)  # one for each stream: they share no workspace
+    return Plan(shapes, coefficients, bound, restart, dtype, device, tiles)  # for this stream alone
 
 
 @torch.library.custom_op("turborun::gram_newton_schulz", mutates_args=())
@@ -164,10 +164,10 @@ def orthogonalise(matrices: Sequence[Tensor], coefficients: Coefficients, *, bou
     matrices  tensors (…, n, m), tall or wide, any strides, float32, float16 or bfloat16, on one device; read only
     bound     divide by min(1, ‖S‖_F^¼) as well, S = (XXᵀ)² after AOL
     tiles     how to cut products; given, small matrices are not treated apart. None: kernels.tiles.choose
-    restart   after every so many steps (2 or more; None: never) multiply Q into X and compute the Gram matrix anew, which
-              takes the rounding out of R: five fitted steps need it
+    restart   after every so many steps (2 or more; None: never) multiply Q into X and compute the Gram matrix anew,
+              which takes the rounding out of R: five fitted steps need it
     dtype     of storage and of the result: torch.float16 or torch.bfloat16; products accumulate in float32
-    Returns new tensors of the same shapes. A NaN or an infinity makes its whole matrix NaN; a matrix of zeros gives zeros.
+    Returns new tensors of the same shapes. A NaN or an infinity makes its whole matrix NaN; zeros give zeros.
     """
     if len(coefficients) < 2 or restart == 1 or dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"orthogonalise needs two steps or more, also before a restart, and float16 or bfloat16; got "

@@ -3,10 +3,10 @@
     gram      Γ = U Uᵀ, and the sums Σ_j |Γ_ij| r_j that AOL scaling needs            (arXiv 2512.04632)
     product   pAB + xX + yY + eI: every product of a Gram Newton-Schulz step (see gram_newton_schulz.py)
 
-Only tiles that touch the upper triangle are computed, n³ FLOPs a product instead of 2n³, and each is stored as it is and
-transposed. Sums, norms, addends and the scaling of columns happen while a tile is still in registers, so none of
-them costs a pass over memory. As B is symmetric, its rows serve as its columns: both operands are read along their rows,
-by the copy engine (tensor descriptors), from one persistent grid.
+Only tiles that touch the upper triangle are computed, n³ FLOPs a product instead of 2n³, and each is stored as it is
+and transposed. Sums, norms, addends and the scaling of columns happen while a tile is still in registers, so none of
+them costs a pass over memory. As B is symmetric, its rows serve as its columns: both operands are read along rows, by
+the copy engine (tensor descriptors), from one persistent grid.
 
 All n×n matrices live in one tensor, the arena (slots · batch, N, N), N a multiple of the tile. A launch names slots.
 Every sum is taken in a fixed order (no atomics): the same input gives the same bits. Eager twin: optim/polar.py.
@@ -55,8 +55,8 @@ def _upper_tile(t, column_blocks, RATIO: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit
 def _epilogue(acc, out, sums, weights, norms, bounds, scales, full, z, pieces, piece, row, column, base, end, base_x,
               base_y, p, x, y, e, N, MODE: tl.constexpr, ADDENDS: tl.constexpr, SIZE: tl.constexpr):
-    """One SIZE × SIZE piece of P = acc at (row, column) of matrix z. Pieces below the diagonal come from those above, but
-    for a product in `full`.
+    """One SIZE × SIZE piece of P = acc at (row, column) of matrix z. Pieces below the diagonal come from those above,
+    but for a product in `full`.
 
     Next to no branches, so that the compiler can overlap it with the next tile's loads: a store that is not wanted goes
     to row `end`, beyond the arena, where the copy engine drops it.
@@ -146,7 +146,7 @@ def _total(sums, at, slots, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def _scale_kernel(arena, sums, weights, scales, N, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """R = diag(t) Γ diag(t) in place, t_i = (r_i / Σ_j |Γ_ij| r_j)^½; also writes t. Programs (batch, blocks, blocks)."""
+    """R = diag(t) Γ diag(t) in place, t_i = (r_i / Σ_j |Γ_ij| r_j)^½; writes t. Programs (batch, blocks, blocks)."""
     z = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -219,7 +219,8 @@ class Arena:
         flat = unit.view(-1, unit.size(-1))
         left, right = (TensorDescriptor.from_tensor(flat, [rows, self.tiles.depth])
                        for rows in (self.tiles.rows, self.tiles.columns))
-        self._launch("gram", left, right, unit.size(0), 0, unit.size(-1), (0, 0, 0, 0, first, 0, 0, 0, 0), vectors=first)
+        slots = (0, 0, 0, 0, first, 0, 0, 0, 0)
+        self._launch("gram", left, right, unit.size(0), 0, unit.size(-1), slots, vectors=first)
 
     def scale(self) -> None:
         """Slot 0: Γ -> R = diag(t) Γ diag(t)."""
@@ -251,8 +252,8 @@ class Arena:
         addends = 0 if x is None else 1 if y is None and e == 0 else 2
         x, y = x or (0.0, out), y or (0.0, out[0])
         slots = (left[0], left[-1], right[0], right[-1], out[0], out[-1], x[1][0], x[1][-1], y[1])
-        self._launch(mode, self.left, self.right, b * (len(left) - full), b * full, self.n, [b * slot for slot in slots],
-                     (p, x[0], y[0], e), addends)
+        self._launch(mode, self.left, self.right, b * (len(left) - full), b * full, self.n,
+                     [b * slot for slot in slots], (p, x[0], y[0], e), addends)
 
     def _launch(self, mode, left, right, halves, fulls, depth, slots, factors=(1.0, 0.0, 0.0, 0.0), addends=0,
                 vectors=0):

@@ -1,6 +1,6 @@
 """How products of n×n matrices are cut into tiles: a measured table, and on request a measurement of one's own.
 
-`choose` answers from the cache that `python -m kernels.tune` writes (for this GPU and very n and batch), else from rules
+`choose` answers from the cache that `python -m kernels.tune` writes (for this very GPU, n and batch), else from rules
 that hold an H200's sweep (records/studies/tiles). Nothing is ever tuned unasked: a new shape costs no search.
 """
 

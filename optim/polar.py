@@ -35,8 +35,8 @@ class Polar:
     form          "newton-schulz", "gram", or "auto": whichever has fewer FLOPs where both are accurate
     dtype         of storage between products (which accumulate in float32, but for cuBLAS's split sums); None: on a
                   GPU float16 after AOL and bfloat16 otherwise, float32 on a CPU
-    engine        "fused": the kernels, or ValueError where they cannot do it; "eager": this file; "auto": the kernels for
-                  CUDA tensors wherever they can
+    engine        "fused": the kernels, or ValueError where they cannot do it; "eager": this file; "auto": the kernels
+                  for CUDA tensors wherever they can
     restart       gram form: steps after which Q is applied to X and the Gram matrix computed anew; None: never.
                   float16 needs it with Frobenius scaling, more than four steps (Dao-AILab's Gram Newton-Schulz), or
                   slopes as steep as the minimax ones: rounding of R grows with the square of the slope

@@ -1,4 +1,4 @@
-"""Without a GPU too: the product kernel compiles for Hopper, with tensor cores and the copy engine, within its limits."""
+"""Without a GPU too: the product kernel compiles for Hopper, uses tensor cores and copy engine, keeps its limits."""
 
 import json
 import os

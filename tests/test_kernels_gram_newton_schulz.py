@@ -123,7 +123,7 @@ def test_zero_and_rank_one_and_empty():
     one = on_device(torch.outer(torch.arange(1.0, 25), torch.arange(1.0, 41)))
     results = orthogonalise([zero, one, zero[:0]], FOUR.coefficients, bound=True)
     assert not results[0].any() and results[2].shape == (0, 24, 40)
-    right = one[0].double() / one[0].double().norm()  # rounding of the 23 vanishing singular values moves the left vector
+    right = one[0].double() / one[0].double().norm()  # rounding of 23 vanishing singular values moves the left vector
     assert 0.5 < results[1].double().norm() < 1.5
     assert (results[1].double() - torch.outer(results[1].double() @ right, right)).norm() < 1e-2
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from kernels.symmetric import Arena, _triangle_root, _upper_tile
-from kernels.tiles import Tiles
+from kernels.tiles import LARGE, Tiles
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 pytestmark = [pytest.mark.gpu] if GPU else []
-TILES = ([Tiles(64, 64), Tiles(128, 128, warps=8), Tiles(128, 256, warps=8, flatten=False), Tiles(64, 128, flatten=False)]
+TILES = ([Tiles(64, 64), Tiles(128, 128, warps=8), LARGE, Tiles(64, 128, flatten=False)]
          if GPU else [Tiles(16, 16, depth=16, group=2), Tiles(16, 32, depth=16, group=1)])
 N_MATRIX, BATCH = (700, 5) if GPU else (70, 2)  # ragged: not a multiple of any tile
 
