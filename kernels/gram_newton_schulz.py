@@ -55,19 +55,16 @@ class Plan:
 
     def __call__(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """O of every x, in the dtype of the plan; x (batch, n, m) as planned, any strides, read only."""
-        first = 0
-        for x, unit in zip(xs, self.unit):
+        for x, (first, unit) in zip(xs, self._places(self.unit)):
             unit_rows(x, unit, self.arena.weights[first : first + len(x)])
-            first += len(x)
         self._iterate()
-        outputs, first = [], 0
-        for x, last in zip(xs, self.last):
+        outputs = []
+        for x, (first, last) in zip(xs, self._places(self.last)):
             b, n, m = x.shape
             q = self.arena.matrices[self.result, first : first + b, :n, :n]
             last = last[:, :n, :m]
             transposed = x.stride(1) < x.stride(2)  # a tall matrix, seen from its side: so is the result
             outputs.append(torch.bmm(last.mT, q.mT).mT if transposed else torch.bmm(q, last))
-            first += b
         return outputs
 
     def _iterate(self) -> None:
