@@ -28,3 +28,12 @@ def why_not(device: torch.device) -> str | None:
 def multiprocessors(device: torch.device) -> int:
     """Programs that run at once: the size of a persistent grid. The interpreter gets 3, so that tests cross it."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def chained(wanted: bool) -> dict:
+    """Launch options of kernels that follow each other closely (programmatic dependent launch): the next one's programs
+    start while this one's are at work, and wait inside (gdc_wait) until all it wrote can be read. That saves the gap
+    between launches. Each such kernel waits before it touches memory, so whatever was launched before it is safe."""
+    if not wanted or os.environ.get("TRITON_INTERPRET") == "1":
+        return dict(CHAINED=False)
+    return dict(CHAINED=True, launch_pdl=True)

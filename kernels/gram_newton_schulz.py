@@ -34,7 +34,11 @@ _SLOTS = 5
 
 
 class Plan:
-    """The launches for batches of matrices that share their short side n: shapes (batch, n, m), n ≤ m."""
+    """The launches for batches of matrices that share their short side n: shapes (batch, n, m), n ≤ m.
+
+    A large batch goes through them in chunks, some at a time on streams of their own: while programs of one chunk wait
+    for memory or for the next launch, those of another compute, and a chunk's matrices stay in the L2.
+    """
 
     def __init__(self, shapes: tuple[tuple[int, int, int], ...], coefficients: Coefficients, bound: bool,
                  restart: int | None, dtype: torch.dtype, device: torch.device, tiles: Tiles | None = None):
@@ -51,12 +55,18 @@ class Plan:
         self.unit = [torch.empty(shape, dtype=dtype, device=device) for shape in padded]
         # where a restart puts Q U, and the next one Q of that, and so on in turn
         self.other = [torch.empty_like(unit) for unit in self.unit] if len(self.segments) > 1 else []
+        self.last = (self.unit, self.other)[(len(self.segments) - 1) % 2]  # what Q is to be multiplied with in the end
+        chunks = -(-batch // (self.tiles.chunk or batch))
+        ends = [batch * i // chunks for i in range(chunks + 1)]
+        self.chunks = list(zip(ends, ends[1:]))
+        lanes = min(self.tiles.lanes, chunks) if device.type == "cuda" else 1
+        self.streams = [torch.cuda.Stream(device) for _ in range(lanes - 1)]
         self.graph, self.calls = None, 0
 
     def __call__(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """O of every x, in the dtype of the plan; x (batch, n, m) as planned, any strides, read only."""
         for x, (first, unit) in zip(xs, self._places(self.unit)):
-            unit_rows(x, unit, self.arena.weights[first : first + len(x)])
+            unit_rows(x, unit, self.arena.weights[first : first + len(x)], self.tiles.chained)
         self._iterate()
         outputs = []
         for x, (first, last) in zip(xs, self._places(self.last)):
@@ -82,30 +92,49 @@ class Plan:
             self.graph = graph
 
     def _launch(self) -> None:
-        """From `self.unit` to Q in slot `self.result` and what it is to be multiplied with, `self.last`."""
-        self.last, spare = self.unit, self.other
+        """From `self.unit` to Q in slot `self.result`, chunk by chunk."""
+        if not self.streams:
+            for begin, end in self.chunks:
+                self._chunk(begin, end)
+            return
+        current = torch.cuda.current_stream(self.arena.matrices.device)
+        lanes = [current, *self.streams]
+        for stream in self.streams:
+            stream.wait_stream(current)
+        for number, (begin, end) in enumerate(self.chunks):
+            with torch.cuda.stream(lanes[number % len(lanes)]):
+                self._chunk(begin, end)
+        for stream in self.streams:
+            current.wait_stream(stream)
+
+    def _chunk(self, begin: int, end: int) -> None:
+        """Matrices begin … end of the batch."""
+        arena = self.arena.part(begin, end - begin)
+        last, spare = self.unit, self.other
         for number, segment in enumerate(self.segments):
             if number:
-                for (first, unit), target in zip(self._places(self.last), spare):
-                    torch.bmm(self.arena.matrices[self.result, first : first + len(unit)], unit, out=target)
-                self.last, spare = spare, self.last
-            for first, unit in self._places(self.last):
-                self.arena.gram(unit, first)
+                for (first, unit), (_, target) in zip(self._places(last, begin, end), self._places(spare, begin, end)):
+                    torch.bmm(arena.slot(self.result)[first : first + len(unit)], unit, out=target)
+                last, spare = spare, last
+            for first, unit in self._places(last, begin, end):
+                arena.gram(unit, first)
             if number == 0:
-                self.arena.scale()
-            self._steps(segment, first=number == 0)
+                arena.scale()
+            self._steps(arena, segment, first=number == 0)
 
     @staticmethod
-    def _places(units: list[Tensor]):
-        """(number of its first matrix in the arena, unit) for every shape."""
+    def _places(units: list[Tensor], begin: int = 0, end: int | None = None):
+        """(number of its first matrix, counted from `begin`; unit) for every shape that has matrices in begin … end."""
         first = 0
         for unit in units:
-            yield first, unit
+            low, high = max(begin - first, 0), len(unit) if end is None else min(end - first, len(unit))
+            if low < high:
+                yield first + low - begin, unit[low:high]
             first += len(unit)
 
-    def _steps(self, segment: Coefficients, first: bool) -> None:
+    def _steps(self, arena: Arena, segment: Coefficients, first: bool) -> None:
         """Q of the steps in `segment`, of R in its slot, into slot `self.result`; the first segment's Q brings t."""
-        arena, w, q, spare = self.arena, 2, 3, 4
+        w, q, spare = 2, 3, 4
         last = len(segment) - 1
         # Slot w holds W − aI: with its identity, most of W, float16's rounding would be ten times as large. Slot
         # q holds Q − alpha·I: alpha is a after the first step, where it is W, and 0 from then on.

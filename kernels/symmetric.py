@@ -12,13 +12,16 @@ All n×n matrices live in one tensor, the arena (slots · batch, N, N), N a mult
 Every sum is taken in a fixed order (no atomics): the same input gives the same bits. Eager twin: optim/polar.py.
 """
 
+from copy import copy
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import multiprocessors
+from . import chained, multiprocessors
 from .tiles import Tiles
 
 
@@ -53,14 +56,18 @@ def _upper_tile(t, column_blocks, RATIO: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _epilogue(acc, out, sums, weights, norms, bounds, scales, full, z, pieces, piece, row, column, base, end, base_x,
-              base_y, p, x, y, e, N, MODE: tl.constexpr, ADDENDS: tl.constexpr, SIZE: tl.constexpr):
-    """One SIZE × SIZE piece of P = acc at (row, column) of matrix z. Pieces below the diagonal come from those above,
-    but for a product in `full`.
+def _epilogue(acc, out, vectors, place, slots, factors, N, MODE: tl.constexpr, ADDENDS: tl.constexpr,
+              SIZE: tl.constexpr):
+    """One SIZE × SIZE piece of P = acc, as `place` says. Pieces below the diagonal come from those above, but for a
+    product in `full`.
 
-    Next to no branches, so that the compiler can overlap it with the next tile's loads: a store that is not wanted goes
-    to row `end`, beyond the arena, where the copy engine drops it.
+    Next to no branches, so that the compiler can overlap it with other tiles' loads: a store that is not wanted goes to
+    row `end`, beyond the arena, where the copy engine drops it.
     """
+    sums, weights, norms, bounds, scales = vectors
+    full, z, pieces, piece, row, column, end = place
+    base, base_x, base_y = slots
+    p, x, y, e = factors
     rows, columns = row + tl.arange(0, SIZE), column + tl.arange(0, SIZE)
     vector = z.to(tl.int64) * N
     if MODE == "gram":
@@ -91,49 +98,91 @@ def _epilogue(acc, out, sums, weights, norms, bounds, scales, full, z, pieces, p
     out.store([tl.where((row < column) & (full == 0), base + column, end), row], transposed)
 
 
-_NUMBERS = ["batch", "halves", "fulls", "left_0", "left_1", "right_0", "right_1", "out_0",
-            "out_1", "x_0", "x_1", "y_0", "pieces", "end"]
-
-
-@triton.jit(do_not_specialize=_NUMBERS)  # else each new count or slot could mean another compilation
-def _product_kernel(left, right, out, sums, weights, norms, bounds, scales, batch, halves, fulls, N, K, left_0, left_1,
-                    right_0, right_1, out_0, out_1, x_0, x_1, y_0, end, pieces, p, x, y, e, MODE: tl.constexpr,
-                    ADDENDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-                    GROUP: tl.constexpr, FLATTEN: tl.constexpr):
-    """`halves` symmetric products, then `fulls` whole ones; operands 0 serve the first `batch`, operands 1 the rest,
-    which have no Y and no identity."""
+@triton.jit
+def _tile(index, part, left, right, out, vectors, counts, slots, factors, N, K, MODE: tl.constexpr,
+          ADDENDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+          CUT: tl.constexpr, CHAINED: tl.constexpr):
+    """Tile `index` of a launch, from its operands to its stores; CUT: one square part of it, of four or two."""
+    batch, halves, pieces, end = counts
+    left_0, left_1, right_0, right_1, out_0, out_1, x_0, x_1, y_0 = slots
+    p, x, y, e = factors
     RATIO: tl.constexpr = COLUMNS // ROWS
     column_blocks = N // COLUMNS
     tiles = RATIO * _triangle(column_blocks)
     square = RATIO * column_blocks * column_blocks
-    for index in tl.range(tl.program_id(0), halves * tiles + fulls * square, tl.num_programs(0), flatten=FLATTEN):
-        beyond = index - halves * tiles
-        full = (beyond >= 0).to(tl.int32)
-        number = tl.where(full != 0, halves + beyond // square, index // tiles)
-        t = tl.where(full != 0, beyond % square, index % tiles)
-        half_row, half_column = _upper_tile(index % tiles, column_blocks, RATIO, GROUP)
-        row = tl.where(full != 0, t % (RATIO * column_blocks), half_row) * ROWS
-        column = tl.where(full != 0, t // (RATIO * column_blocks), half_column) * COLUMNS
-        z = number % batch
-        first = number < batch
-        left_row = (tl.where(first, left_0, left_1) + z) * N + row
-        right_row = (tl.where(first, right_0, right_1) + z) * N + column
-        acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        for k in tl.range(0, K, DEPTH):
-            acc = tl.dot(left.load([left_row, k]), right.load([right_row, k]).T, acc)
-        base = (tl.where(first, out_0, out_1) + z) * N
-        base_x, base_y = (tl.where(first, x_0, x_1) + z) * N, (y_0 + z) * N
-        y_now, e_now = tl.where(first, y, 0.0), tl.where(first, e, 0.0)
-        piece = t * RATIO
-        if RATIO == 1:
-            _epilogue(acc, out, sums, weights, norms, bounds, scales, full, z, pieces, piece, row, column, base, end,
-                      base_x, base_y, p, x, y_now, e_now, N, MODE, ADDENDS, ROWS)
+    beyond = index - halves * tiles
+    full = (beyond >= 0).to(tl.int32)
+    number = tl.where(full != 0, halves + beyond // square, index // tiles)
+    t = tl.where(full != 0, beyond % square, index % tiles)
+    half_row, half_column = _upper_tile(index % tiles, column_blocks, RATIO, GROUP)
+    row = tl.where(full != 0, t % (RATIO * column_blocks), half_row) * ROWS
+    column = tl.where(full != 0, t // (RATIO * column_blocks), half_column) * COLUMNS
+    SIDE: tl.constexpr = ROWS // 2 if RATIO == 1 else ROWS
+    HEIGHT: tl.constexpr = SIDE if CUT else ROWS
+    WIDTH: tl.constexpr = SIDE if CUT else COLUMNS
+    if CUT:
+        row += part // 2 * SIDE
+        column += part % 2 * SIDE
+    z = number % batch
+    first = number < batch
+    left_row = (tl.where(first, left_0, left_1) + z) * N + row
+    right_row = (tl.where(first, right_0, right_1) + z) * N + column
+    acc = tl.zeros((HEIGHT, WIDTH), dtype=tl.float32)
+    for k in tl.range(0, K, DEPTH):
+        acc = tl.dot(left.load([left_row, k]), right.load([right_row, k]).T, acc)
+    if CHAINED:
+        gdc_launch_dependents()  # sooner, and they would take up the room of programs that are still to come
+    bases = (tl.where(first, out_0, out_1) + z) * N, (tl.where(first, x_0, x_1) + z) * N, (y_0 + z) * N
+    now = p, x, tl.where(first, y, 0.0), tl.where(first, e, 0.0)
+    place = full, z, pieces, t * RATIO, row, column, end
+    if HEIGHT == WIDTH:
+        _epilogue(acc, out, vectors, place, bases, now, N, MODE, ADDENDS, HEIGHT)
+    else:
+        one, two = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, ROWS)), (0, 2, 1)))
+        _epilogue(one, out, vectors, place, bases, now, N, MODE, ADDENDS, ROWS)
+        place = full, z, pieces, t * RATIO + 1, row, column + ROWS, end
+        _epilogue(two, out, vectors, place, bases, now, N, MODE, ADDENDS, ROWS)
+
+
+_NUMBERS = ["whole", "rest", "batch", "halves", "left_0", "left_1", "right_0", "right_1", "out_0",
+            "out_1", "x_0", "x_1", "y_0", "pieces", "end"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)  # else each new count or slot could mean another compilation
+def _product_kernel(left, right, out, small, small_out, sums, weights, norms, bounds, scales, whole, batch, halves, N,
+                    K, left_0, left_1, right_0, right_1, out_0, out_1, x_0, x_1, y_0, end, pieces, p, x, y, e,
+                    MODE: tl.constexpr, ADDENDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                    DEPTH: tl.constexpr, GROUP: tl.constexpr, PERSISTENT: tl.constexpr, CUT: tl.constexpr,
+                    CHAINED: tl.constexpr):
+    """`whole` tiles of `halves` symmetric products, and after these of whole products; CUT: programs beyond
+    `whole` take a part of a tile each.
+
+    Operands 0 serve the first `batch` products, operands 1 the rest, which have no Y and no identity. PERSISTENT: a
+    program takes tiles one after the other; else one, and room is left for two or three on a multiprocessor.
+    """
+    if CHAINED:
+        gdc_wait()
+    vectors = sums, weights, norms, bounds, scales
+    counts = batch, halves, pieces, end
+    slots = left_0, left_1, right_0, right_1, out_0, out_1, x_0, x_1, y_0
+    factors = p, x, y, e
+    index = tl.program_id(0)
+    if PERSISTENT:
+        for number in tl.range(index, whole, tl.num_programs(0), flatten=False):
+            _tile(number, 0, left, right, out, vectors, counts, slots, factors, N, K, MODE, ADDENDS, ROWS, COLUMNS,
+                  DEPTH, GROUP, False, CHAINED)
+    elif CUT:
+        if index < whole:
+            _tile(index, 0, left, right, out, vectors, counts, slots, factors, N, K, MODE, ADDENDS, ROWS, COLUMNS,
+                  DEPTH, GROUP, False, CHAINED)
         else:
-            one, two = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, ROWS)), (0, 2, 1)))
-            _epilogue(one, out, sums, weights, norms, bounds, scales, full, z, pieces, piece, row, column, base, end,
-                      base_x, base_y, p, x, y_now, e_now, N, MODE, ADDENDS, ROWS)
-            _epilogue(two, out, sums, weights, norms, bounds, scales, full, z, pieces, piece + 1, row, column + ROWS,
-                      base, end, base_x, base_y, p, x, y_now, e_now, N, MODE, ADDENDS, ROWS)
+            PARTS: tl.constexpr = 4 * ROWS // COLUMNS
+            part = index - whole
+            _tile(whole + part // PARTS, part % PARTS, small, small, small_out, vectors, counts, slots, factors, N, K,
+                  MODE, ADDENDS, ROWS, COLUMNS, DEPTH, GROUP, True, CHAINED)
+    else:
+        _tile(index, 0, left, right, out, vectors, counts, slots, factors, N, K, MODE, ADDENDS, ROWS, COLUMNS, DEPTH,
+              GROUP, False, CHAINED)
 
 
 @triton.jit
@@ -145,8 +194,11 @@ def _total(sums, at, slots, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scale_kernel(arena, sums, weights, scales, N, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _scale_kernel(arena, sums, weights, scales, N, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHAINED: tl.constexpr):
     """R = diag(t) Γ diag(t) in place, t_i = (r_i / Σ_j |Γ_ij| r_j)^½; writes t. Programs (batch, blocks, blocks)."""
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     z = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -157,15 +209,19 @@ def _scale_kernel(arena, sums, weights, scales, N, BLOCK: tl.constexpr, ROWS: tl
     row_scale = tl.sqrt(row_norm / tl.where(row_sum == 0, 1.0, row_sum))
     column_scale = tl.sqrt(column_norm / tl.where(column_sum == 0, 1.0, column_sum))
     where = arena + (z * N + rows[:, None]) * N + columns[None, :]
-    scaled = tl.load(where).to(tl.float32) * row_scale[:, None] * column_scale[None, :]
+    scaled = tl.load(where).to(tl.float32) * (row_scale[:, None] * column_scale[None, :])  # in this order: symmetric
     tl.store(where, scaled.to(arena.dtype.element_ty))
     if tl.program_id(2) == 0:
         tl.store(scales + z * N + rows, row_scale)
 
 
 @triton.jit(do_not_specialize=["pieces", "r", "s", "w"])
-def _bounded_kernel(matrices, norms, bounds, scales, N, pieces, r, s, w, b, c, BLOCK: tl.constexpr):
+def _bounded_kernel(matrices, norms, bounds, scales, N, pieces, r, s, w, b, c, BLOCK: tl.constexpr,
+                    CHAINED: tl.constexpr):
     """W = bR/β + cS/β² with the bound β = min(1, ‖S‖_F^½) on R's eigenvalues; writes β, divides t by its root."""
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     z = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -207,36 +263,51 @@ class Arena:
         self.norms = torch.empty(batch, self.pieces, **vectors)  # ‖S‖_F² by pieces of tiles
         self.bounds = torch.empty(batch, **vectors)  # β
         self.programs = multiprocessors(device)
+        self.first, self.stride = 0, batch  # matrix z of slot s is number s · stride + first + z in memory
         flat = self.matrices.view(-1, self.n)
         self.end = len(flat)
         t = tiles
-        self.left, self.right, self.out = (TensorDescriptor.from_tensor(flat, [rows, columns]) for rows, columns in
-                                           ((t.rows, t.depth), (t.columns, t.depth), (t.rows, t.rows)))
+        side = t.rows // 2 if t.rows == t.columns else t.rows  # of a part of a tile
+        boxes = (t.rows, t.depth), (t.columns, t.depth), (t.rows, t.rows), (side, t.depth), (side, side)
+        self.left, self.right, self.out, self.small, self.small_out = (TensorDescriptor.from_tensor(flat, list(box))
+                                                                       for box in boxes)
+
+    def part(self, first: int, count: int) -> "Arena":
+        """The same arena, of which launches see the matrices first … first + count alone."""
+        part = copy(self)
+        part.first, part.batch = self.first + first, count
+        for name in ("weights", "scales", "sums", "norms", "bounds"):
+            setattr(part, name, getattr(self, name)[first : first + count])
+        return part
+
+    def slot(self, number: int) -> Tensor:
+        """The matrices of a slot, (batch, N, N)."""
+        return self.matrices[number, self.first : self.first + self.batch]
 
     def gram(self, unit: Tensor, first: int = 0) -> None:
         """Slot 0, matrices first … first + b: Γ of unit (b, N, M), unit rows in the arena's dtype, M a multiple of the
         depth; and the sums, weighted with `self.weights`, which must hold the norms of the rows."""
+        part = self.part(first, unit.size(0))
         flat = unit.view(-1, unit.size(-1))
         left, right = (TensorDescriptor.from_tensor(flat, [rows, self.tiles.depth])
                        for rows in (self.tiles.rows, self.tiles.columns))
-        slots = (0, 0, 0, 0, first, 0, 0, 0, 0)
-        self._launch("gram", left, right, unit.size(0), 0, unit.size(-1), slots, vectors=first)
+        slots = (0, 0, 0, 0, part.first, 0, 0, 0, 0)
+        part._launch("gram", left, right, unit.size(0), 0, unit.size(-1), slots)
 
     def scale(self) -> None:
         """Slot 0: Γ -> R = diag(t) Γ diag(t)."""
         block = min(64, self.tiles.rows)
         grid = (self.batch, self.n // block, self.n // block)
-        _scale_kernel[grid](self.matrices, self.sums, self.weights, self.scales, self.n, BLOCK=block,
-                            ROWS=self.tiles.rows)
+        _scale_kernel[grid](self.slot(0), self.sums, self.weights, self.scales, self.n, BLOCK=block,
+                            ROWS=self.tiles.rows, **chained(self.tiles.chained))
 
     def bounded_polynomial(self, r: int, s: int, w: int, b: float, c: float) -> None:
         """Slot w ← bR/β + cS/β² with R in slot r and S, a "square", in slot s; β goes into `self.bounds`, which mode
         "divided" reads, and its inverse root into `self.scales`."""
         block = min(64, self.tiles.rows)
         grid = (self.batch, self.n // block, self.n // block)
-        slots = (self.batch * slot for slot in (r, s, w))
-        _bounded_kernel[grid](self.matrices, self.norms, self.bounds, self.scales, self.n, self.pieces, *slots, b, c,
-                              BLOCK=block)
+        _bounded_kernel[grid](self.matrices, self.norms, self.bounds, self.scales, self.n, self.pieces,
+                              *map(self._place, (r, s, w)), b, c, BLOCK=block, **chained(self.tiles.chained))
 
     def product(self, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], *, p: float = 1.0,
                 x: tuple[float, tuple[int, ...]] | None = None, y: tuple[float, int] | None = None, e: float = 0.0,
@@ -253,17 +324,25 @@ class Arena:
         x, y = x or (0.0, out), y or (0.0, out[0])
         slots = (left[0], left[-1], right[0], right[-1], out[0], out[-1], x[1][0], x[1][-1], y[1])
         self._launch(mode, self.left, self.right, b * (len(left) - full), b * full, self.n,
-                     [b * slot for slot in slots], (p, x[0], y[0], e), addends)
+                     tuple(map(self._place, slots)), (p, x[0], y[0], e), addends)
 
-    def _launch(self, mode, left, right, halves, fulls, depth, slots, factors=(1.0, 0.0, 0.0, 0.0), addends=0,
-                vectors=0):
+    def _place(self, slot: int) -> int:
+        return slot * self.stride + self.first
+
+    def _launch(self, mode, left, right, halves, fulls, depth, slots, factors=(1.0, 0.0, 0.0, 0.0), addends=0):
         t = self.tiles
-        whole = self.n // t.rows * (self.n // t.columns)
-        programs = min(self.programs * t.resident, halves * t.count(self.n) + fulls * whole)
-        batch = halves if mode == "gram" else self.batch
+        tiles = halves * t.count(self.n) + fulls * (self.n // t.rows) * (self.n // t.columns)
+        rest = 0 if t.persistent or mode in ("gram", "square") else self._rest(tiles)
+        programs = min(self.programs, tiles) if t.persistent else tiles + (4 * t.rows // t.columns - 1) * rest
         options = {} if t.registers is None else {"maxnreg": t.registers}
         _product_kernel[(programs,)](
-            left, right, self.out, self.sums[vectors:], self.weights[vectors:], self.norms, self.bounds, self.scales,
-            batch, halves, fulls, self.n, depth, *slots, self.end, self.pieces, *factors, MODE=mode, ADDENDS=addends,
-            ROWS=t.rows, COLUMNS=t.columns, DEPTH=t.depth, GROUP=t.group, FLATTEN=t.flatten, num_warps=t.warps,
-            num_stages=t.stages, **options)
+            left, right, self.out, self.small, self.small_out, self.sums, self.weights, self.norms, self.bounds,
+            self.scales, tiles - rest, self.batch, halves, self.n, depth, *slots, self.end, self.pieces, *factors,
+            MODE=mode, ADDENDS=addends, ROWS=t.rows, COLUMNS=t.columns, DEPTH=t.depth, GROUP=t.group,
+            PERSISTENT=t.persistent, CUT=rest > 0, num_warps=t.warps, num_stages=t.stages, **chained(t.chained),
+            **options)
+
+    def _rest(self, tiles: int) -> int:
+        """Tiles to be cut into parts, so that a last round of few does not take as long as a full one."""
+        rest = tiles % self.programs
+        return rest if tiles > self.programs and 2 * rest <= self.programs else 0

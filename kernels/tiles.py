@@ -6,7 +6,7 @@ that hold an H200's sweep (records/studies/tiles). Nothing is ever tuned unasked
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,9 +25,11 @@ class Tiles:
     warps: int = 4
     stages: int = 4
     group: int = 8
-    flatten: bool = True  # overlap the end of a tile with the start of the next
-    resident: int = 1  # programs on a multiprocessor at a time
-    registers: int | None = None  # at most so many a thread, so that `resident` fit
+    persistent: bool = False  # a program a multiprocessor, which takes tiles one after the other
+    registers: int | None = None  # at most so many a thread, so that two programs fit on a multiprocessor
+    chained: bool = False  # programmatic dependent launch: pays where launches take the time
+    chunk: int | None = None  # matrices that go through the launches together; None: all
+    lanes: int = 1  # chunks under way at a time, each on a stream of its own
 
     def __post_init__(self):
         if self.columns not in (self.rows, 2 * self.rows):
@@ -39,20 +41,18 @@ class Tiles:
         return self.columns // self.rows * blocks * (blocks + 1) // 2
 
 
-LARGE = Tiles(128, 256, warps=8, stages=4, group=4, flatten=False)
-MIDDLE = Tiles(128, 128, warps=8, stages=4, group=4, flatten=False)
-BATCHED = Tiles(128, 128, warps=8, stages=4, group=4)
-SMALL = Tiles(64, 64, depth=128, stages=3)
-CANDIDATES = (  # what `python -m kernels.tune` tries; those with two programs a multiprocessor: not yet measured
-    SMALL, LARGE, MIDDLE, BATCHED,
-    Tiles(64, 64, depth=128, stages=3, flatten=False),
-    Tiles(64, 64, depth=128, stages=2, flatten=False, resident=2),
-    Tiles(64, 64, depth=64, stages=4, flatten=False, resident=3),
+LARGE = Tiles(128, 256, warps=8, stages=3, group=4, persistent=True)
+MIDDLE = Tiles(128, 128, stages=3, group=4)  # two programs share a multiprocessor
+NARROW = Tiles(64, 128, stages=3)  # three
+SMALL = Tiles(64, 64, depth=128, stages=3, chained=True)
+CANDIDATES = (  # what `python -m kernels.tune` tries
+    SMALL, NARROW, MIDDLE, LARGE,
+    replace(MIDDLE, chunk=6, lanes=4),
+    Tiles(64, 64, depth=128, stages=2),
+    Tiles(64, 64, stages=4),
     Tiles(64, 128, stages=4),
-    Tiles(64, 128, stages=3, flatten=False, resident=2, registers=168),
-    Tiles(128, 128, warps=8, stages=3),
-    Tiles(128, 128, warps=8, stages=2, flatten=False, resident=2, registers=128),
-    Tiles(128, 256, warps=8, stages=3, flatten=False),
+    Tiles(128, 128, warps=8, stages=3, group=4, registers=128),
+    Tiles(128, 128, warps=8, stages=4, group=4, persistent=True),
 )
 
 
@@ -62,10 +62,14 @@ def default(n: int, batch: int, programs: int) -> Tiles:
         return Tiles(16, 32, depth=16, group=2) if n > 64 else Tiles(16, 16, depth=16, group=2)
     if n > 6000:
         return LARGE
-    padded = -(-n // MIDDLE.columns) * MIDDLE.columns
-    if batch * MIDDLE.count(padded) < programs:
-        return SMALL  # else there are too few to go round
-    return MIDDLE if n >= 2048 else BATCHED
+    tiles = MIDDLE.count(-(-n // MIDDLE.columns) * MIDDLE.columns)  # of a matrix
+    if batch * tiles < programs:
+        return SMALL  # larger ones would be too few to go round
+    if n <= 384:
+        return NARROW
+    if batch * tiles > 4 * programs and tiles < programs:  # more than the L2 holds: 44 matrices of 768 gain 9 %
+        return replace(MIDDLE, chunk=programs // tiles, lanes=4)
+    return MIDDLE
 
 
 def cache_path() -> Path:

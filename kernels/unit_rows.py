@@ -10,6 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from . import chained
 
 
 @triton.jit
@@ -19,8 +22,12 @@ def _norm(largest, squares):
 
 
 @triton.jit
-def _rows_kernel(x, unit, norms, n, m, x_batch, x_row, x_column, N, M, CHUNK: tl.constexpr):
+def _rows_kernel(x, unit, norms, n, m, x_batch, x_row, x_column, N, M, CHUNK: tl.constexpr,
+                 CHAINED: tl.constexpr):
     """One row of one matrix: programs (batch, N). Rows n … N are zeros, columns m … M too."""
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     z, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     source = x + z * x_batch + row * x_row
     target = unit + (z * N + row) * M
@@ -54,8 +61,12 @@ def _rows_kernel(x, unit, norms, n, m, x_batch, x_row, x_column, N, M, CHUNK: tl
 
 
 @triton.jit
-def _column_statistics_kernel(x, largest, squares, n, m, x_batch, x_row, x_column, N, part, BLOCK: tl.constexpr):
+def _column_statistics_kernel(x, largest, squares, n, m, x_batch, x_row, x_column, N, part, BLOCK: tl.constexpr,
+                              CHAINED: tl.constexpr):
     """Rows of the logical n×m matrix lie along memory here: programs (batch, N / BLOCK, parts of `part` columns)."""
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     z = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     most = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -77,8 +88,11 @@ def _column_statistics_kernel(x, largest, squares, n, m, x_batch, x_row, x_colum
 
 @triton.jit
 def _transpose_kernel(x, unit, norms, largest, squares, n, m, x_batch, x_row, x_column, N, M, parts,
-                      MOST_PARTS: tl.constexpr, BLOCK: tl.constexpr):
+                      MOST_PARTS: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr):
     """Unit rows of one BLOCK × BLOCK piece: programs (batch, N / BLOCK, M / BLOCK)."""
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     z = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -99,19 +113,21 @@ def _transpose_kernel(x, unit, norms, largest, squares, n, m, x_batch, x_row, x_
         tl.store(norms + z * N + rows, norm)
 
 
-def unit_rows(x: Tensor, unit: Tensor, norms: Tensor) -> None:
+def unit_rows(x: Tensor, unit: Tensor, norms: Tensor, chain: bool = False) -> None:
     """U and r of x.
 
     x      (batch, n, m), any strides, float32, float16 or bfloat16; read only
     unit   (batch, N ≥ n, M ≥ m), contiguous, float16 or bfloat16: written, zero beyond n and m
     norms  (batch, N) float32, contiguous: written, zero beyond n
+    chain  what is launched next waits for these kernels by itself (see kernels.chained)
     """
     batch, n, m = x.shape
     N, M = unit.shape[1:]
     if x.stride(2) <= x.stride(1) or n == 1:
         chunk = min(triton.next_power_of_2(M), 8192)
         warps = max(1, min(8, chunk // 512))
-        _rows_kernel[(batch, N)](x, unit, norms, n, m, *x.stride(), N, M, CHUNK=chunk, num_warps=warps)
+        _rows_kernel[(batch, N)](x, unit, norms, n, m, *x.stride(), N, M, CHUNK=chunk, num_warps=warps,
+                                  **chained(chain))
         return
     block = min(64, triton.next_power_of_2(N & -N))  # N is a multiple of the tile, a power of two
     parts = max(1, min(16, m // 256))
@@ -119,7 +135,7 @@ def unit_rows(x: Tensor, unit: Tensor, norms: Tensor) -> None:
     parts = -(-m // part)
     largest, squares = torch.empty(2, batch, parts, N, dtype=torch.float32, device=x.device)
     _column_statistics_kernel[(batch, N // block, parts)](x, largest, squares, n, m, *x.stride(), N, part, BLOCK=block,
-                                                          num_warps=4)
+                                                          num_warps=4, **chained(chain))
     _transpose_kernel[(batch, N // block, -(-M // block))](x, unit, norms, largest, squares, n, m, *x.stride(), N, M,
                                                            parts, MOST_PARTS=16, BLOCK=block,
-                                                           num_warps=4)
+                                                           num_warps=4, **chained(chain))

@@ -76,9 +76,13 @@ def _with_adam(
     adam_betas: tuple[float, float] = (0.8, 0.95),
     adam_eps: float = 1e-10,
     adam_weight_decay: float = 0.0,
+    engine: str = "auto",
     process_group=None,
 ) -> ChainedOptimizer:
-    """`matrices`(params, lr=…, …) for the matrix group, or Adam at the same `lr` if None; Adam for the other groups."""
+    """`matrices`(params, lr=…, …) for the matrix group, or Adam at the same `lr` if None; Adam for the other groups.
+
+    engine: what Muon orthogonalises with, "auto", "fused" or "eager" (see optim.polar.Polar)
+    """
     rates = {"embedding": embedding_lr, "head": head_lr, "scalar": scalar_lr}
     adam_groups = [{"params": groups[kind], "lr": rate, "kind": kind} for kind, rate in rates.items() if groups[kind]]
     matrix_group = {"params": groups["matrix"], "lr": lr, "weight_decay": weight_decay, "kind": "matrix"}
@@ -86,7 +90,8 @@ def _with_adam(
     if matrices is None:
         adam_groups.insert(0, matrix_group)
     else:
-        optimizers.append(matrices([matrix_group], momentum=momentum, process_group=process_group))
+        optimizers.append(matrices([matrix_group], momentum=momentum, engine=engine,
+                                   process_group=process_group))
     if adam_groups:
         optimizers.append(Adam(adam_groups, betas=adam_betas, eps=adam_eps, weight_decay=adam_weight_decay,
                                process_group=process_group))

@@ -7,6 +7,7 @@ parameter (the optimizer-state sharding of ZeRO, arXiv 1910.02054). Small or ind
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+from torch.profiler import record_function
 
 from .collectives import Pending, reject_unsupported
 from .finite import parameter_names
@@ -34,10 +35,11 @@ class Adam(ShardedOptimizer):
                 reject_unsupported(p, name, "Adam")
 
     def _update(self) -> None:
-        reduced = [self._reduce(group) for group in self.param_groups]
-        gathered = [self._update_group(group, work) for group, work in zip(self.param_groups, reduced)]
-        for pending in (one for group in gathered for one in group):
-            pending.wait()
+        with record_function("adam"):
+            reduced = [self._reduce(group) for group in self.param_groups]
+            gathered = [self._update_group(group, work) for group, work in zip(self.param_groups, reduced)]
+            for pending in (one for group in gathered for one in group):
+                pending.wait()
 
     def _is_sharded(self, p: Tensor) -> bool:
         divides = p.numel() % self.ranks.size == 0 and p.is_contiguous()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from .collectives import reject_unsupported
 from .finite import parameter_names
@@ -33,6 +34,7 @@ class Muon(ShardedOptimizer):
 
     lr            learning rate; the update's spectral norm is about lr times adjust_lr_fn(rows, columns)
     polar         a name in optim.polar.POLARS or a Polar
+    engine        "auto", "fused" or "eager": replaces the Polar's own, which None keeps
     process_group ranks that share the work; None: the default group if torch.distributed runs, else this process alone.
                   Gradients are averaged over the ranks here: do not wrap the model in DistributedDataParallel.
 
@@ -51,13 +53,14 @@ class Muon(ShardedOptimizer):
         *,
         polar: str | Polar = "turbo",
         adjust_lr_fn: str | None = "original",
+        engine: str | None = None,
         process_group=None,
     ):
         if adjust_lr_fn is not None and adjust_lr_fn not in ADJUST_LR:
             raise ValueError(f"unknown adjust_lr_fn {adjust_lr_fn!r}: expected one of {', '.join(ADJUST_LR)}")
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
                         adjust_lr_fn=adjust_lr_fn or "original", split=1)
-        self.polar = get_polar(polar)
+        self.polar = get_polar(polar) if engine is None else get_polar(polar, engine=engine)
         super().__init__(params, defaults, process_group)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -91,16 +94,21 @@ class Muon(ShardedOptimizer):
         return list(by_shape.values())
 
     def _update(self) -> None:
-        reduced = [(bank, self._reduce(bank)) for bank in self.banks if any(p.grad is not None for p in bank.params)]
-        summed = [pending.wait() for _, pending in reduced]
-        updates = [self._momentum_update(bank, grads) for (bank, _), grads in zip(reduced, summed)]
-        gathered = [(bank, grads, self.ranks.all_gather(orthogonal))
-                    for (bank, _), grads, orthogonal in zip(reduced, summed, self.polar.many(updates))]
-        for bank, grads, _ in gathered:  # only now: collectives run in the order in which they are asked for
-            own = self._own(bank, grads)
-            self.finite.push(self.steps, bank.names, list(grads[: len(own)].unbind()), grads.device, own.start)
-        for bank, _, pending in gathered:
-            self._apply(bank, pending.wait())
+        banks = [bank for bank in self.banks if any(p.grad is not None for p in bank.params)]
+        with record_function("muon: gradients"):
+            reduced = [self._reduce(bank) for bank in banks]
+            summed = [pending.wait() for pending in reduced]
+        with record_function("muon: momentum"):
+            updates = [self._momentum_update(bank, grads) for bank, grads in zip(banks, summed)]
+        with record_function("muon: orthogonalise"):
+            orthogonal = self.polar.many(updates)
+        with record_function("muon: apply"):
+            gathered = [self.ranks.all_gather(o) for o in orthogonal]
+            for bank, grads in zip(banks, summed):  # only now: collectives run in the order in which they are asked for
+                own = self._own(bank, grads)
+                self.finite.push(self.steps, bank.names, list(grads[: len(own)].unbind()), grads.device, own.start)
+            for bank, pending in zip(banks, gathered):
+                self._apply(bank, pending.wait())
 
     def _reduce(self, bank: "Bank"):
         first = bank.params[0]

@@ -88,6 +88,17 @@ def test_a_list_of_shapes_is_one_plan_for_each_short_side(monkeypatch):
     gram_newton_schulz._plan.cache_clear()
 
 
+@pytest.mark.parametrize("lanes, restart", [(1, 2), (3, None), (3, 2)] if GPU else [(1, 2)])
+def test_chunks_and_lanes_change_no_bit(lanes, restart):
+    xs = [on_device(make("gaussian", N, M, seed)[None].repeat(count, 1, 1)) for seed, count in ((0, 3), (1, 2))]
+    cut = choose(N, 5, DEVICE)
+    whole = orthogonalise(xs, FOUR.coefficients, bound=True, restart=restart, tiles=replace(cut, chunk=None))
+    for call in range(3 if GPU else 1):  # on a GPU: launched, captured, replayed
+        parts = orthogonalise(xs, FOUR.coefficients, bound=True, restart=restart,
+                              tiles=replace(cut, chunk=2, lanes=lanes))
+        assert all(torch.equal(a, b) for a, b in zip(whole, parts))
+
+
 @pytest.mark.parametrize("view", ["strided", "offset", "transposed", "bfloat16", "float16"])
 def test_views_and_dtypes(view):
     x = on_device(make("gaussian", 24, 40))
@@ -195,7 +206,7 @@ def test_a_batch_of_more_than_two_to_the_31_elements(tall):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tiles", [Tiles(64, 64), Tiles(128, 128, warps=8), Tiles(128, 256, warps=8, flatten=False)])
+@pytest.mark.parametrize("tiles", [Tiles(64, 64), Tiles(128, 128, warps=8), Tiles(128, 256, warps=8, persistent=True)])
 @pytest.mark.parametrize("shape", [(768, 768), (700, 3000), (2048, 2048)])
 def test_every_tile(shape, tiles):
     x = make("student-t2", *shape).cuda()

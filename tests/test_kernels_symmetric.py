@@ -4,17 +4,18 @@ import pytest
 import torch
 
 from kernels.symmetric import Arena, _triangle_root, _upper_tile
-from kernels.tiles import LARGE, Tiles
+from kernels.tiles import LARGE, SMALL, Tiles
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 pytestmark = [pytest.mark.gpu] if GPU else []
-TILES = ([Tiles(64, 64), Tiles(128, 128, warps=8), LARGE, Tiles(64, 128, flatten=False)]
-         if GPU else [Tiles(16, 16, depth=16, group=2), Tiles(16, 32, depth=16, group=1)])
+TILES = ([Tiles(64, 64), Tiles(128, 128, warps=8), LARGE, Tiles(64, 128), SMALL]
+         if GPU else [Tiles(16, 16, depth=16, group=2), Tiles(16, 32, depth=16, group=1),
+                      Tiles(16, 16, depth=16, persistent=True)])
 N_MATRIX, BATCH = (700, 5) if GPU else (70, 2)  # ragged: not a multiple of any tile
 
 
-@pytest.fixture(params=TILES, ids=lambda t: f"{t.rows}x{t.columns}")
+@pytest.fixture(params=TILES, ids=lambda t: f"{t.rows}x{t.columns}" + "-persistent" * t.persistent)
 def arena(request):
     """An arena whose slots 0, 1, 2 hold commuting symmetric matrices of norm about 1, in the dtype of storage."""
     arena = Arena(5, BATCH, N_MATRIX, torch.float16, DEVICE, request.param)

@@ -1,5 +1,7 @@
 """The choice of tiles: rules, the cache that tuning writes, and tuning with a stopwatch of our own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,7 +19,8 @@ def cache(tmp_path, monkeypatch):
     tiles.tuned.cache_clear()
 
 
-@pytest.mark.parametrize("n, batch, expected", [(256, 1, tiles.SMALL), (768, 1, tiles.SMALL), (768, 44, tiles.BATCHED),
+@pytest.mark.parametrize("n, batch, expected", [(256, 1, tiles.SMALL), (768, 1, tiles.SMALL), (768, 12, tiles.MIDDLE), (256, 64, tiles.NARROW),
+                                                (768, 44, replace(tiles.MIDDLE, chunk=6, lanes=4)),
                                                 (4096, 1, tiles.MIDDLE), (8192, 1, tiles.LARGE)])
 def test_rules(n, batch, expected):
     assert tiles.default(n, batch, 132) == expected
