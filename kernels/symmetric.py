@@ -1,7 +1,7 @@
 """Products of symmetric matrices that commute, so that the result is symmetric: half the tiles, each written twice.
 
     gram      Γ = U Uᵀ, and the sums Σ_j |Γ_ij| r_j that AOL scaling needs            (arXiv 2512.04632)
-    product   pAB + xX + yY + eI: every product of a Gram Newton-Schulz step (see gram_newton_schulz.py)
+    product   pAB + xX + yY + eI: every product of a Gram Newton-Schulz step (see newton_schulz.py)
 
 Only tiles that touch the upper triangle are computed, n³ FLOPs a product instead of 2n³, and each is stored as it is
 and transposed. Sums, norms, addends and the scaling of columns happen while a tile is still in registers, so none of
@@ -149,7 +149,7 @@ _NUMBERS = ["whole", "rest", "batch", "halves", "left_0", "left_1", "right_0", "
 
 
 @triton.jit(do_not_specialize=_NUMBERS)  # else each new count or slot could mean another compilation
-def _product_kernel(left, right, out, small, small_out, sums, weights, norms, bounds, scales, whole, batch, halves, N,
+def _product_kernel(left, right, small, out, small_out, sums, weights, norms, bounds, scales, whole, batch, halves, N,
                     K, left_0, left_1, right_0, right_1, out_0, out_1, x_0, x_1, y_0, end, pieces, p, x, y, e,
                     MODE: tl.constexpr, ADDENDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                     DEPTH: tl.constexpr, GROUP: tl.constexpr, PERSISTENT: tl.constexpr, CUT: tl.constexpr,
@@ -215,10 +215,11 @@ def _scale_kernel(arena, sums, weights, scales, N, BLOCK: tl.constexpr, ROWS: tl
         tl.store(scales + z * N + rows, row_scale)
 
 
-@triton.jit(do_not_specialize=["pieces", "r", "s", "w"])
-def _bounded_kernel(matrices, norms, bounds, scales, N, pieces, r, s, w, b, c, BLOCK: tl.constexpr,
-                    CHAINED: tl.constexpr):
-    """W = bR/β + cS/β² with the bound β = min(1, ‖S‖_F^½) on R's eigenvalues; writes β, divides t by its root."""
+@triton.jit(do_not_specialize=["pieces", "r", "s", "w", "a"])
+def _bounded_kernel(matrices, norms, bounds, scales, N, pieces, r, s, w, a, b, c, BLOCK: tl.constexpr,
+                    SCALED: tl.constexpr, CHAINED: tl.constexpr):
+    """W = aI + bR/β + cS/β² with the bound β = min(1, ‖S‖_F^½) on R's eigenvalues. SCALED: W diag(t) β^-½; else β is
+    written, and t divided by its root, for later launches."""
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
@@ -235,9 +236,11 @@ def _bounded_kernel(matrices, norms, bounds, scales, N, pieces, r, s, w, b, c, B
     area = N.to(tl.int64) * N
     value_r = tl.load(matrices + r * area + where).to(tl.float32)
     value_s = tl.load(matrices + s * area + where).to(tl.float32)
-    value = (b / bound) * value_r + (c / bound / bound) * value_s
+    value = (b / bound) * value_r + (c / bound / bound) * value_s + tl.where(rows[:, None] == columns[None, :], a, 0.0)
+    if SCALED:
+        value *= (tl.load(scales + z * N + columns) / tl.sqrt(bound))[None, :]
     tl.store(matrices + w * area + where, value.to(matrices.dtype.element_ty))
-    if tl.program_id(2) == 0:
+    if (not SCALED) and tl.program_id(2) == 0:
         at = scales + z * N + rows
         tl.store(at, tl.load(at) / tl.sqrt(bound))
         if tl.program_id(1) == 0:
@@ -267,10 +270,10 @@ class Arena:
         flat = self.matrices.view(-1, self.n)
         self.end = len(flat)
         t = tiles
-        side = t.rows // 2 if t.rows == t.columns else t.rows  # of a part of a tile
-        boxes = (t.rows, t.depth), (t.columns, t.depth), (t.rows, t.rows), (side, t.depth), (side, side)
-        self.left, self.right, self.out, self.small, self.small_out = (TensorDescriptor.from_tensor(flat, list(box))
-                                                                       for box in boxes)
+        self.side = t.rows // 2 if t.rows == t.columns else t.rows  # of a part of a tile
+        *self.operands, self.out, self.small_out = (
+            TensorDescriptor.from_tensor(flat, list(box)) for box in
+            ((t.rows, t.depth), (t.columns, t.depth), (self.side, t.depth), (t.rows, t.rows), (self.side, self.side)))
 
     def part(self, first: int, count: int) -> "Arena":
         """The same arena, of which launches see the matrices first … first + count alone."""
@@ -284,15 +287,15 @@ class Arena:
         """The matrices of a slot, (batch, N, N)."""
         return self.matrices[number, self.first : self.first + self.batch]
 
-    def gram(self, unit: Tensor, first: int = 0) -> None:
-        """Slot 0, matrices first … first + b: Γ of unit (b, N, M), unit rows in the arena's dtype, M a multiple of the
-        depth; and the sums, weighted with `self.weights`, which must hold the norms of the rows."""
+    def gram(self, unit: Tensor, first: int = 0, sums: bool = True) -> None:
+        """Slot 0, matrices first … first + b: Γ of unit (b, N, M), in the arena's dtype, M a multiple of the depth; and
+        with `sums`, of unit rows, those that AOL needs, weighted with `self.weights`: the norms of the rows."""
         part = self.part(first, unit.size(0))
         flat = unit.view(-1, unit.size(-1))
-        left, right = (TensorDescriptor.from_tensor(flat, [rows, self.tiles.depth])
-                       for rows in (self.tiles.rows, self.tiles.columns))
+        operands = [TensorDescriptor.from_tensor(flat, [rows, self.tiles.depth])
+                    for rows in (self.tiles.rows, self.tiles.columns, self.side)]
         slots = (0, 0, 0, 0, part.first, 0, 0, 0, 0)
-        part._launch("gram", left, right, unit.size(0), 0, unit.size(-1), slots)
+        part._launch("gram" if sums else "plain", operands, unit.size(0), 0, unit.size(-1), slots)
 
     def scale(self) -> None:
         """Slot 0: Γ -> R = diag(t) Γ diag(t)."""
@@ -301,13 +304,14 @@ class Arena:
         _scale_kernel[grid](self.slot(0), self.sums, self.weights, self.scales, self.n, BLOCK=block,
                             ROWS=self.tiles.rows, **chained(self.tiles.chained))
 
-    def bounded_polynomial(self, r: int, s: int, w: int, b: float, c: float) -> None:
-        """Slot w ← bR/β + cS/β² with R in slot r and S, a "square", in slot s; β goes into `self.bounds`, which mode
-        "divided" reads, and its inverse root into `self.scales`."""
+    def bounded_polynomial(self, r: int, s: int, w: int, a: float, b: float, c: float, scaled: bool) -> None:
+        """Slot w ← aI + bR/β + cS/β² with R in slot r and S, a "square", in slot s. With `scaled`, times diag(t) β^-½;
+        else β goes into `self.bounds`, which mode "divided" reads, and its inverse root into `self.scales`."""
         block = min(64, self.tiles.rows)
         grid = (self.batch, self.n // block, self.n // block)
         _bounded_kernel[grid](self.matrices, self.norms, self.bounds, self.scales, self.n, self.pieces,
-                              *map(self._place, (r, s, w)), b, c, BLOCK=block, **chained(self.tiles.chained))
+                              *map(self._place, (r, s, w)), a, b, c, BLOCK=block, SCALED=scaled,
+                              **chained(self.tiles.chained))
 
     def product(self, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], *, p: float = 1.0,
                 x: tuple[float, tuple[int, ...]] | None = None, y: tuple[float, int] | None = None, e: float = 0.0,
@@ -321,22 +325,24 @@ class Arena:
         """
         b = self.batch
         addends = 0 if x is None else 1 if y is None and e == 0 else 2
-        x, y = x or (0.0, out), y or (0.0, out[0])
+        x = x or (0.0, out)
+        y = y or (0.0, x[1][0])  # what it points to is read even so, and must be finite
         slots = (left[0], left[-1], right[0], right[-1], out[0], out[-1], x[1][0], x[1][-1], y[1])
-        self._launch(mode, self.left, self.right, b * (len(left) - full), b * full, self.n,
+        self._launch(mode, self.operands, b * (len(left) - full), b * full, self.n,
                      tuple(map(self._place, slots)), (p, x[0], y[0], e), addends)
 
     def _place(self, slot: int) -> int:
         return slot * self.stride + self.first
 
-    def _launch(self, mode, left, right, halves, fulls, depth, slots, factors=(1.0, 0.0, 0.0, 0.0), addends=0):
+    def _launch(self, mode, operands, halves, fulls, depth, slots, factors=(1.0, 0.0, 0.0, 0.0), addends=0):
+        """operands: descriptors of the left, of the right, and of both for parts of tiles."""
         t = self.tiles
         tiles = halves * t.count(self.n) + fulls * (self.n // t.rows) * (self.n // t.columns)
         rest = 0 if t.persistent or mode in ("gram", "square") else self._rest(tiles)
         programs = min(self.programs, tiles) if t.persistent else tiles + (4 * t.rows // t.columns - 1) * rest
         options = {} if t.registers is None else {"maxnreg": t.registers}
         _product_kernel[(programs,)](
-            left, right, self.out, self.small, self.small_out, self.sums, self.weights, self.norms, self.bounds,
+            *operands, self.out, self.small_out, self.sums, self.weights, self.norms, self.bounds,
             self.scales, tiles - rest, self.batch, halves, self.n, depth, *slots, self.end, self.pieces, *factors,
             MODE=mode, ADDENDS=addends, ROWS=t.rows, COLUMNS=t.columns, DEPTH=t.depth, GROUP=t.group,
             PERSISTENT=t.persistent, CUT=rest > 0, num_warps=t.warps, num_stages=t.stages, **chained(t.chained),

@@ -41,7 +41,7 @@ class Tiles:
         return self.columns // self.rows * blocks * (blocks + 1) // 2
 
 
-LARGE = Tiles(128, 256, warps=8, stages=3, group=4, persistent=True)
+LARGE = Tiles(128, 256, warps=8, stages=3, group=8, persistent=True)
 MIDDLE = Tiles(128, 128, stages=3, group=4)  # two programs share a multiprocessor
 NARROW = Tiles(64, 128, stages=3)  # three
 SMALL = Tiles(64, 64, depth=128, stages=3, chained=True)
@@ -63,9 +63,10 @@ def default(n: int, batch: int, programs: int) -> Tiles:
     if n > 6000:
         return LARGE
     tiles = MIDDLE.count(-(-n // MIDDLE.columns) * MIDDLE.columns)  # of a matrix
-    if batch * tiles < programs:
+    narrow = batch * NARROW.count(-(-n // NARROW.columns) * NARROW.columns)
+    if narrow < programs:
         return SMALL  # larger ones would be too few to go round
-    if n <= 384:
+    if n <= 384 or narrow < 2.5 * programs:
         return NARROW
     if batch * tiles > 4 * programs and tiles < programs:  # more than the L2 holds: 44 matrices of 768 gain 9 %
         return replace(MIDDLE, chunk=programs // tiles, lanes=4)

@@ -15,7 +15,7 @@ from optim import polynomials
 
 from . import tiles, why_not
 from .bench import graph_us, inputs, label_of, parse_shapes, reason, set_count
-from .gram_newton_schulz import orthogonalise
+from .newton_schulz import orthogonalise
 
 
 def measure(shape: tuple[int, int, int], cut: tiles.Tiles, time, device: torch.device) -> float:

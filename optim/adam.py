@@ -7,10 +7,10 @@ parameter (the optimizer-state sharding of ZeRO, arXiv 1910.02054). Small or ind
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
-from torch.profiler import record_function
 
 from .collectives import Pending, reject_unsupported
 from .finite import parameter_names
+from .parts import part
 from .sharded import ShardedOptimizer
 
 SMALLEST_SHARDED = 1 << 16  # elements; below that a second collective costs more than the whole update
@@ -35,7 +35,7 @@ class Adam(ShardedOptimizer):
                 reject_unsupported(p, name, "Adam")
 
     def _update(self) -> None:
-        with record_function("adam"):
+        with part("adam"):
             reduced = [self._reduce(group) for group in self.param_groups]
             gathered = [self._update_group(group, work) for group, work in zip(self.param_groups, reduced)]
             for pending in (one for group in gathered for one in group):

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from .collectives import reject_unsupported
 from .finite import parameter_names
+from .parts import part
 from .polar import Polar, get_polar
 from .sharded import ShardedOptimizer
 
@@ -95,14 +95,14 @@ class Muon(ShardedOptimizer):
 
     def _update(self) -> None:
         banks = [bank for bank in self.banks if any(p.grad is not None for p in bank.params)]
-        with record_function("muon: gradients"):
+        with part("muon: gradients"):
             reduced = [self._reduce(bank) for bank in banks]
             summed = [pending.wait() for pending in reduced]
-        with record_function("muon: momentum"):
+        with part("muon: momentum"):
             updates = [self._momentum_update(bank, grads) for bank, grads in zip(banks, summed)]
-        with record_function("muon: orthogonalise"):
+        with part("muon: orthogonalise"):
             orthogonal = self.polar.many(updates)
-        with record_function("muon: apply"):
+        with part("muon: apply"):
             gathered = [self.ranks.all_gather(o) for o in orthogonal]
             for bank, grads in zip(banks, summed):  # only now: collectives run in the order in which they are asked for
                 own = self._own(bank, grads)

@@ -6,7 +6,7 @@
     aol                           gram: iterate on the n×n Gram matrix, touch X only at the end       (cheap if m » n)
 
 X is n×m with n ≤ m; taller matrices are handled transposed. What stands here is eager torch, the reference that runs
-anywhere; AOL with the Gram form has Triton kernels too (kernels/gram_newton_schulz.py), taken on a GPU that runs them.
+anywhere; AOL with the Gram form has Triton kernels too (kernels/newton_schulz.py), taken on a GPU that runs them.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,8 @@ class Polar:
                   (arXiv 2512.04632); both guarantee ‖X‖₂ ≤ 1
     bound         divide X by min(1, ‖R²‖_F^¼) as well, R = XXᵀ: as ‖R²‖_F ≥ σ_max⁴, ‖X‖₂ ≤ 1 stays, and it is tight
                   where few singular values dominate. Costs one n×n product
-    form          "newton-schulz", "gram", or "auto": whichever has fewer FLOPs where both are accurate
+    form          "newton-schulz", "gram", or "auto": in eager torch whichever has fewer FLOPs where both are accurate,
+                  with the kernels whichever is faster
     dtype         of storage between products (which accumulate in float32, but for cuBLAS's split sums); None: on a
                   GPU float16 after AOL and bfloat16 otherwise, float32 on a CPU
     engine        "fused": the kernels, or ValueError where they cannot do it; "eager": this file; "auto": the kernels
@@ -71,16 +72,17 @@ class Polar:
             if self.engine == "fused" and obstacle:
                 raise ValueError(f'Polar engine="fused": {obstacle}; use engine="auto" or "eager"')
             if not obstacle and (self.engine == "fused" or xs[0].is_cuda):
-                from kernels.gram_newton_schulz import orthogonalise  # needs triton
+                from kernels.newton_schulz import orthogonalise  # needs triton
 
                 dtype = self.dtype or torch.float16
-                return orthogonalise(xs, self.coefficients, bound=self.bound, restart=self.restart, dtype=dtype)
+                return orthogonalise(xs, self.coefficients, bound=self.bound, restart=self.restart, form=self.form,
+                                     dtype=dtype)
         return [self._eager(x) for x in xs]
 
     def why_not_fused(self, device: torch.device) -> str | None:
         """Why the kernels cannot do this on `device`, or None if they can."""
-        if self.normalize != "aol" or self.form == "newton-schulz":
-            return 'the kernels are for normalize="aol" and the Gram form'
+        if self.normalize != "aol":
+            return 'the kernels are for normalize="aol"'
         if self.dtype not in (None, torch.float16) or self.restart == 1 or len(self.coefficients) < 2:
             return "the kernels are for float16 and for two steps or more, also before a restart"
         return kernels.why_not(device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from matrices import DISTRIBUTIONS, make, polar_factor, relative_error
 
-from kernels import gram_newton_schulz
+from kernels import newton_schulz
 from kernels.small_polar import small_polar
 from kernels.tiles import Tiles, choose
 from kernels.unit_rows import unit_rows
@@ -26,7 +26,7 @@ def on_device(x):
 def orthogonalise(xs, coefficients, **options):
     """With tiles given, which keeps small matrices, quick to test, out of small_polar's hands."""
     options.setdefault("tiles", choose(min(xs[0].shape[-2:]), 1, DEVICE))
-    return gram_newton_schulz.orthogonalise(xs, coefficients, **options)
+    return newton_schulz.orthogonalise(xs, coefficients, **options)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
@@ -45,13 +45,14 @@ def test_unit_rows(shape, tall, scale):
     assert not norms[:, n:].any() and not unit[:, n:].any() and not unit[:, :, m:].any()
 
 
+@pytest.mark.parametrize("form", ["gram", "newton-schulz"])
 @pytest.mark.parametrize("bound", [False, True])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_no_worse_than_the_eager_route(distribution, bound):
+def test_no_worse_than_the_eager_route(distribution, bound, form):
     x = make(distribution, N, M)
     exact = polar_factor(x)
-    ours = orthogonalise([on_device(x)], FOUR.coefficients, bound=bound)[0]
-    eager = replace(FOUR, bound=bound)(on_device(x))
+    ours = orthogonalise([on_device(x)], FOUR.coefficients, bound=bound, form=form)[0]
+    eager = replace(FOUR, bound=bound, form=form)(on_device(x))
     assert ours.dtype == torch.float16
     assert relative_error(ours.cpu(), exact) <= 1.1 * relative_error(eager.cpu(), exact) + 1e-3  # n is small here
 
@@ -61,42 +62,53 @@ def test_no_worse_than_the_eager_route(distribution, bound):
 def test_restarts(distribution, restart):
     x = torch.stack([make(distribution, N, M), make(distribution, N, M, 1)]).mT
     five = Polar(polynomials.FITTED[5], normalize="aol", bound=True, restart=restart, form="gram", dtype=torch.float16)
-    ours = orthogonalise([on_device(x)], five.coefficients, bound=True, restart=restart)[0]
+    ours = orthogonalise([on_device(x)], five.coefficients, bound=True, restart=restart, form="gram")[0]
     eager = replace(five, engine="eager")(on_device(x))
     for i in (0, 1):
         exact = polar_factor(x[i].T).T
         assert relative_error(ours[i].cpu(), exact) <= 1.1 * relative_error(eager[i].cpu(), exact) + 1e-3
 
 
-def test_a_list_of_shapes_is_one_plan_for_each_short_side(monkeypatch):
+@pytest.mark.parametrize("form", ["gram", "newton-schulz"])
+def test_tiles_that_are_left_over_are_cut_into_parts(form):
+    n = 2048 if GPU else 64  # 136 tiles of 128 for 132 multiprocessors; 10 of 16 for the interpreter's 3 programs
+    cut = Tiles(128, 128, stages=3) if GPU else Tiles(16, 16, depth=16)
+    x = on_device(make("student-t2", n, n + 24))
+    ours = orthogonalise([x], FOUR.coefficients, form=form, tiles=cut)[0]
+    assert relative_error(ours, replace(FOUR, form="newton-schulz", dtype=torch.float32)(x)) < 0.06
+
+
+def test_a_list_of_shapes_is_one_plan_for_each_short_side_and_form(monkeypatch):
     plans = []
-    plan = gram_newton_schulz.Plan
-    monkeypatch.setattr(gram_newton_schulz, "Plan", lambda *args: plans.append(args) or plan(*args))
-    gram_newton_schulz._plan.cache_clear()
+    plan = newton_schulz.Plan
+    monkeypatch.setattr(newton_schulz, "Plan", lambda *args: plans.append(args) or plan(*args))
+    newton_schulz._plan.cache_clear()
     g = torch.Generator().manual_seed(0)
     shapes = [(20, 48), (2, 33, 20), (2, 2, 20, 20), (24, 30)]
     xs = [on_device(torch.randn(*shape, generator=g)) for shape in shapes]
     copies = [x.clone() for x in xs]
     for call in range(3):  # on a GPU: launched, captured, replayed
-        results = orthogonalise(xs, FOUR.coefficients)
+        results = orthogonalise(xs, FOUR.coefficients)  # 20×20 in Newton-Schulz form
         for x, copy, result in zip(xs, copies, results):
             assert torch.equal(x, copy) and result.shape == x.shape
             assert relative_error(result.cpu(), FOUR(copy).cpu()) < 0.06  # half precision, condition about 100
         xs = [x.roll(call + 1, -1) for x in xs]
         copies = [x.clone() for x in xs]
-    assert len(plans) == 2
-    gram_newton_schulz._plan.cache_clear()
+    assert len(plans) == 3
+    newton_schulz._plan.cache_clear()
 
 
-@pytest.mark.parametrize("lanes, restart", [(1, 2), (3, None), (3, 2)] if GPU else [(1, 2)])
-def test_chunks_and_lanes_change_no_bit(lanes, restart):
+@pytest.mark.parametrize("lanes, restart, form", [(1, 2, "gram"), (3, None, "newton-schulz"), (3, None, "gram")]
+                         if GPU else [(1, 2, "gram")])
+def test_chunks_and_lanes_change_nothing(lanes, restart, form):
     xs = [on_device(make("gaussian", N, M, seed)[None].repeat(count, 1, 1)) for seed, count in ((0, 3), (1, 2))]
     cut = choose(N, 5, DEVICE)
-    whole = orthogonalise(xs, FOUR.coefficients, bound=True, restart=restart, tiles=replace(cut, chunk=None))
+    options = dict(bound=True, restart=restart, form=form)
+    whole = orthogonalise(xs, FOUR.coefficients, **options, tiles=replace(cut, chunk=None))
     for call in range(3 if GPU else 1):  # on a GPU: launched, captured, replayed
-        parts = orthogonalise(xs, FOUR.coefficients, bound=True, restart=restart,
-                              tiles=replace(cut, chunk=2, lanes=lanes))
-        assert all(torch.equal(a, b) for a, b in zip(whole, parts))
+        parts = orthogonalise(xs, FOUR.coefficients, **options, tiles=replace(cut, chunk=2, lanes=lanes))
+        for a, b in zip(whole, parts):  # cuBLAS takes other sums for other batches, where it is between the launches
+            assert torch.equal(a, b) or (form, restart) != ("gram", None) and relative_error(a, b) < 2e-3
 
 
 @pytest.mark.parametrize("view", ["strided", "offset", "transposed", "bfloat16", "float16"])
@@ -155,6 +167,8 @@ def test_clear_errors():
         orthogonalise([x], FOUR.coefficients[:1])
     with pytest.raises(ValueError, match="restart=1"):
         orthogonalise([x], FOUR.coefficients, restart=1)
+    with pytest.raises(ValueError, match="form='other'.*newton-schulz"):
+        orthogonalise([x], FOUR.coefficients, form="other")
     with pytest.raises(ValueError, match="torch.float64 of shape"):
         orthogonalise([x.double()], FOUR.coefficients)
     with pytest.raises(ValueError, match=r"shape \(4,\)"):
@@ -166,8 +180,8 @@ def test_polar_takes_the_kernels_where_they_fit():
     fused = replace(FOUR, engine="fused")
     results = fused.many([x.T, large, x])
     assert torch.equal(results[0], results[2].T) and torch.equal(results[2], small_polar([x], FOUR.coefficients)[0])
-    assert torch.equal(results[1], orthogonalise([large], FOUR.coefficients, tiles=None)[0])
-    for change in (dict(normalize="frobenius"), dict(form="newton-schulz"), dict(dtype=torch.float32), dict(restart=1)):
+    assert torch.equal(results[1], orthogonalise([large], FOUR.coefficients, tiles=None, form="gram")[0])
+    for change in (dict(normalize="frobenius"), dict(dtype=torch.float32), dict(restart=1)):
         with pytest.raises(ValueError, match='engine="fused"'):
             replace(fused, **change)(x)
     for name in ("turbo", "turbo-5", "turbo-published"):
