@@ -4,6 +4,7 @@
 #   ./run.sh                            the main job at the size that fits this machine:
 #                                       GPUs -> the FineWeb run on all of them; none, or no way to the data -> local text
 #   ./run.sh test [pytest options]      the tests
+#   ./run.sh ab --help                  is a change better, by how much, how sure: interleaved runs of it and of what is
 #   ./run.sh train_gpt.py --help        any script of this repository, on every GPU there is
 #   ./run.sh python -m data.fineweb 11   any command, inside the environment
 #
@@ -58,6 +59,9 @@ case "${1:-}" in
     test)
         shift
         exec python -m pytest "$@"
+        ;;
+    ab)
+        exec python -m records "$@"
         ;;
     *.py)
         launch "$(gpus)" "$@"

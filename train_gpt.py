@@ -14,6 +14,7 @@ batches; fewer GPUs accumulate gradients. Ideas from modded-nanogpt (https://git
 credited where they are used.
 """
 
+import itertools
 import math
 import os
 import sys
@@ -31,7 +32,9 @@ from torch import Tensor, nn
 from data import fineweb, local_text, shards
 from data.shards import DataError, TrainLoader, validation_batches
 from optim import OPTIMIZERS, NonFiniteError, get_optimizer, route, route_table
+from optim.parts import part
 from records.log import Record, RecordError, end_on_signal
+from records.profile import profile_step
 from records.settings import SettingsError, check, option, parse
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -73,6 +76,8 @@ class Settings:
     batch_tokens: int = option(524288, "tokens in a step, over all GPUs", least=1)
     device_batch_tokens: int = option(65536, "tokens at once on a GPU; lower it if memory runs out", least=1)
     optimizer: str = option("turbo-muon", "for the matrices; Adam takes the rest", choices=tuple(OPTIMIZERS))
+    engine: str = option("auto", "orthogonalise with the fused kernels (auto: where they run) or in plain torch",
+                         choices=("auto", "fused", "eager"))
     lr: float = option(0.05, "of the matrices", least=0)
     weight_decay: float = option(0.0, "of the matrices, decoupled: times lr in each step", least=0)
     momentum: float = option(0.95, "of the matrices, after --momentum-warmup steps from 0.85", least=0, most=0.9999)
@@ -82,6 +87,9 @@ class Settings:
     scalar_lr: float = option(0.015, "Adam, for the mixing weights of blocks", least=0)
     cooldown: float = option(0.5, "learning rates fall linearly over this last fraction of training", least=0, most=1)
     final_lr: float = option(0.05, "fraction of the learning rates that the cooldown ends at", least=0, most=1)
+    # what else to keep
+    profile: bool = option(False, "after the last step, time the parts and kernels of a further one, into the record")
+    wandb: str | None = option(None, "log to Weights & Biases in this group of runs; offline without a login")
 
     def __post_init__(self):
         check(self)
@@ -395,7 +403,7 @@ def open_data(s: Settings, rank: int, world_size: int):
 
 def make_optimizer(s: Settings, model: GPT):
     return get_optimizer(s.optimizer, route(model), lr=s.lr, weight_decay=s.weight_decay, momentum=s.momentum,
-                         embedding_lr=s.embedding_lr, head_lr=s.head_lr, scalar_lr=s.scalar_lr)
+                         engine=s.engine, embedding_lr=s.embedding_lr, head_lr=s.head_lr, scalar_lr=s.scalar_lr)
 
 
 def set_schedule(optimizer, step: int, s: Settings) -> None:
@@ -406,9 +414,10 @@ def set_schedule(optimizer, step: int, s: Settings) -> None:
 
 
 def train_step(model: GPT, optimizer, batches, passes: int, window: int, device: torch.device) -> None:
-    for _ in range(passes):
-        batch = next(batches).to(device)
-        (model(batch.tokens, batch.targets, batch.cu_seqlens, window) / passes).backward()
+    with part("forward and backward"):
+        for _ in range(passes):
+            batch = next(batches).to(device)
+            (model(batch.tokens, batch.targets, batch.cu_seqlens, window) / passes).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -445,7 +454,7 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
     loader, validation = open_data(s, rank, world_size)
     record = Record(s.records, track=s.track, name=s.name, target=s.target, steps=s.steps, seed=s.seed,
                     config=asdict(s), script=Path(__file__), repository=REPOSITORY, device=str(device),
-                    enabled=rank == 0)
+                    enabled=rank == 0, wandb=s.wandb)
     started.append(record)
     if rank == 0:
         files = loader.files_used + shards.shard_paths(s.data, "val")
@@ -488,6 +497,11 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
     extra = {"optimizer": s.optimizer}
     if s.source == "local" and rank == 0:
         extra["bigram loss"] = bigram_loss(s)
+    if s.profile:
+        again = (loader.batch(0, sequences, part, passes) for part in itertools.cycle(range(passes)))
+        window = window_at(s.steps - 1, s)
+        table, extra["profile"] = profile_step(lambda: train_step(model, optimizer, again, passes, window, device))
+        record.line(table)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     record.finish(peak_memory_bytes=peak, extra=extra)
 

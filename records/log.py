@@ -6,33 +6,40 @@
     loss.png      the loss curve, drawn at the end
 
 The status on disk is "interrupted" until finish() or fail() replaces it, so that a killed run leaves a true record.
+record.json then also has the SHA-256 of log.txt; `python -m records verify` holds the three files against each other.
 """
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
-import signal
-import socket
 import sys
-import threading
 import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-from records import environment
+from records import environment, wandb_log
 from records.files import RecordError, write_whole, writing
+from records.signals import end_on_signal
 from records.source import local_source, pack_source, sha256, unpack_source
+from records.summary import summary
+from records.tracks import DIRECTIONS, metric_of
 
 __all__ = ["Record", "RecordError", "end_on_signal", "parse_log", "unpack_source"]
 
-SCHEMA = 1
+SCHEMA = 2      # 1: no log_sha256, no values in the result line, always val_loss
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 SEPARATOR = "=" * 100           # ends the block at the top of log.txt
 LATER = ("data", "source", "result")    # `key: JSON` lines that may follow it
 LINE_SECONDS = 2.0              # least time between two plain progress lines
 REDRAW_SECONDS = 0.1            # and between two redrawings of the one on a terminal
-VALIDATION = re.compile(r"step:(\d+)/\d+ val_loss:(\S+) train_time:(\d+)ms step_avg:\S+ms tokens:(\d+)")
+RESULT = ("status", "message", "steps", "train_time_s", "peak_memory_bytes", "extra")      # in the line at the end
+COUNT = "[0-9]{1,15}"
+VALIDATION = re.compile(rf"step:({COUNT})/({COUNT}) (val_loss|accuracy):(\S+) train_time:({COUNT})ms step_avg:(\S+)ms "
+                        rf"tokens:({COUNT})")
+CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # would act on whoever reads the log
+RESERVED = re.compile(r"^(?=step:|(?:data|source|result): \{)", re.MULTILINE)    # how the record's own lines begin
 
 
 class Record:
@@ -42,13 +49,15 @@ class Record:
     """
 
     def __init__(self, root, *, track, name, target, steps, seed, config, script, repository, device=None,
-                 enabled=True):
+                 enabled=True, wandb=None):
         """Create the folder and write what is known before training.
 
         root: folder of all records (str or Path).  track, name: letters, digits, dots, underscores, dashes.
-        target: validation loss to reach (float), or None.  steps: optimizer steps planned.  seed: int.
+        The track decides whether the run is measured by "val_loss" (lower is better) or "accuracy" (higher is).
+        target: value of that metric to reach (float), or None.  steps: optimizer steps planned.  seed: int.
         config: dict of the run's settings.  script: Path of the script.  repository: Path of the repository.
         device: what the run computes on, such as "cuda:0" or "cpu"; None means CUDA where torch finds it.
+        wandb: name of the group in Weights & Biases, or None to leave Weights & Biases alone.
         Raises RecordError where `track` or `name` cannot name a folder, or the folder cannot be written.
         """
         self.enabled, self.folder = enabled, None
@@ -59,6 +68,7 @@ class Record:
                 raise RecordError(f"the {key} {value!r} cannot name a folder: expected letters, digits, '.', '_' "
                                   f"and '-', a letter or digit first; choose another with --{key}")
         self._repository, self._script = Path(repository), Path(script)
+        self._metric = metric_of(track)
         self._scrub = environment.Scrubber(self._repository)
         self._sources = local_source(self._repository, self._script)
         self._terminal, self._redrawing = sys.stdout.isatty(), False
@@ -74,15 +84,18 @@ class Record:
         }
         self._content = description | {
             "status": "interrupted", "message": None, "reached": None if target is None else False,
-            "time_to_target_s": None, "train_time_s": 0.0, "steps": 0, "tokens": 0, "val_loss": None, "validation": [],
-            "data": {}, "peak_memory_bytes": None, "extra": {},
+            "time_to_target_s": None, "train_time_s": 0.0, "steps": 0, "tokens": 0, self._metric: None,
+            "validation": [], "data": {}, "peak_memory_bytes": None, "extra": {}, "log_sha256": None,
         }
-        self.folder = _new_folder(Path(root) / track, f"{started:%Y-%m-%d_%H%M%S}_{name}")
+        self.folder = new_folder(Path(root) / track, f"{started:%Y-%m-%d_%H%M%S}_{name}")
         self._save()
         write_whole(self.folder / "source.txt", pack_source(self._sources))
-        write_whole(self.folder / "log.txt", _description_block(description))
+        block = _description_block(description)
+        self._log_hash, self._ended = hashlib.sha256(block), False
+        write_whole(self.folder / "log.txt", block)
         with writing(self.folder / "log.txt"):
             self._log = open(self.folder / "log.txt", "ab", buffering=0)
+        self._wandb = None if wandb is None else wandb_log.start(wandb, self.folder.name, self._content, self.line)
 
     def data(self, files):
         """Add the data files of the run.  files: dict of file name -> SHA-256 of its content in hexadecimal."""
@@ -93,10 +106,13 @@ class Record:
         self._save()
 
     def line(self, text="", *, console=True):
-        """Write one line of text (str) to log.txt and, with console=True, to standard output."""
+        """Write one line of text (str) to log.txt and, with console=True, to standard output.
+
+        In log.txt a line that looks like one of the record's own begins with a space.
+        """
         if not self.enabled:
             return
-        self._append(text)
+        self._append(RESERVED.sub(" ", text))
         if console:
             self._print(text)
 
@@ -118,29 +134,35 @@ class Record:
             self._redrawing, self._last_redraw = True, now
         if now - self._last_line >= LINE_SECONDS:
             self._last_line = now
-            self.line(f"{self._step_text()} {self._time_text()}", console=not self._terminal)
+            text = f"{self._step_text()} {self._time_text()}"
+            self._append(text)
+            if not self._terminal:
+                self._print(text)
 
-    def validation(self, step, loss, train_seconds, tokens):
-        """Add a point to the loss curve; it is on disk, in log.txt and record.json, before it is printed.
+    def validation(self, step, value, train_seconds, tokens):
+        """Add a point to the curve; it is on disk, in log.txt and record.json, before it is printed.
 
-        step: steps done (int).  loss: validation loss (float); one that is not finite makes the run "failed".
+        step: steps done (int).  value: of the track's metric (float); one that is not finite makes the run "failed".
         train_seconds: time trained, validation excluded (float).  tokens: training tokens seen (int).
         """
         if not self.enabled:
             return
-        content, loss = self._content, float(loss)
+        content, value = self._content, float(value)
         content["steps"], content["train_time_s"] = step, _to_milliseconds(train_seconds) / 1000
-        content["tokens"], content["val_loss"] = tokens, loss if math.isfinite(loss) else None
+        content["tokens"], content[self._metric] = tokens, value if math.isfinite(value) else None
         content["validation"].append({"step": step, "tokens": tokens, "train_time_s": content["train_time_s"],
-                                      "val_loss": content["val_loss"]})
-        if not math.isfinite(loss):
-            content["status"], content["message"] = "failed", f"the validation loss is {loss} at step {step}"
-        elif content["target"] is not None and not content["reached"] and loss <= content["target"]:
+                                      self._metric: content[self._metric]})
+        if not math.isfinite(value):
+            content["status"], content["message"] = "failed", not_finite(self._metric, value, step)
+        elif content["target"] is not None and not content["reached"] and reaches(self._metric, value,
+                                                                                  content["target"]):
             content["reached"], content["time_to_target_s"] = True, content["train_time_s"]
-        text = f"{self._step_text()} val_loss:{loss:.6f} {self._time_text()} tokens:{tokens}"
+        text = f"{self._step_text()} {self._metric}:{value:.6f} {self._time_text()} tokens:{tokens}"
         self._append(text, sync=True)
         self._save()
         self._print(text)
+        if self._wandb:
+            self._wandb.point(content["validation"][-1])
 
     def finish(self, *, peak_memory_bytes=None, extra={}):
         """End the record: status "complete" (or "failed" after a validation loss that is not finite), the summary
@@ -154,11 +176,12 @@ class Record:
         if self._content["status"] == "interrupted":
             self._content["status"] = "complete"
         self._content["peak_memory_bytes"], self._content["extra"] = peak_memory_bytes, self._plain(extra)
-        self._close()
-        summary = self._summary()
-        self.line(summary)
+        text = summary(self._content, self._place())
+        self._close(text)
         self._draw()
-        return summary
+        if self._wandb:
+            self._wandb.finish(self._content)
+        return text
 
     def fail(self, status, message):
         """End the record of a run that did not finish.  status: "failed" or "interrupted".  message: why (str)."""
@@ -167,32 +190,40 @@ class Record:
         if not self.enabled:
             return
         self._content["status"], self._content["message"] = status, self._scrub(message)
-        self._close()
-        self.line(f"{status}: {message}")
+        self._close(f"{status}: {message}")
+        if self._wandb:
+            self._wandb.finish(self._content)
 
     # -- what is written -----------------------------------------------------------------------------------------
 
-    def _close(self):
-        """Write the result, and the source of modules that were imported since the run began."""
+    def _close(self, last):
+        """Write the result, the source of modules that were imported since the run began, and the text `last`."""
         late = local_source(self._repository, self._script)
         if not late.keys() <= self._sources.keys():
             self._sources = late | self._sources        # what was read at the start stays
             write_whole(self.folder / "source.txt", pack_source(self._sources))
             self._content["source"] = self._hashes()
             self._append(_fact("source", self._content["source"]))
-        keys = ("status", "message", "steps", "train_time_s", "peak_memory_bytes", "extra")
-        self._append(_fact("result", {key: self._content[key] for key in keys}), sync=True)
-        self._save()
+        result = {key: self._content[key] for key in RESULT}
+        values = [point[self._metric] for point in self._content["validation"]]     # with all their digits
+        self._append(_fact("result", result | {"values": values}))
+        self._ended = True      # from here on every line renews log_sha256
+        self.line(last)
 
     def _save(self):
-        text = json.dumps(self._content, indent=1, allow_nan=False)
-        write_whole(self.folder / "record.json", text.encode() + b"\n")
+        write_whole(self.folder / "record.json", record_bytes(self._content))
 
     def _append(self, text, sync=False):
         with writing(self.folder / "log.txt"):
-            self._log.write(self._scrub(text).encode(errors="backslashreplace") + b"\n")
-            if sync:
+            line = CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), self._scrub(text))
+            line = line.encode(errors="backslashreplace") + b"\n"
+            self._log.write(line)
+            self._log_hash.update(line)
+            if sync or self._ended:
                 os.fsync(self._log.fileno())
+        if self._ended:
+            self._content["log_sha256"] = self._log_hash.hexdigest()
+            self._save()
 
     def _print(self, text):
         if self._redrawing:
@@ -234,30 +265,6 @@ class Record:
         milliseconds = _to_milliseconds(self._content["train_time_s"])
         return f"train_time:{milliseconds}ms step_avg:{milliseconds / max(self._content['steps'], 1):.2f}ms"
 
-    def _summary(self):
-        content = self._content
-        seconds, steps, points = content["train_time_s"], content["steps"], content["validation"]
-        loss = "none measured" if not points else "not finite" if content["val_loss"] is None else \
-            f"{content['val_loss']:.5f}"
-        rows = {"run": f"{content['track']} {content['name']}", "validation loss": loss}
-        if content["target"] is not None:
-            rows["target"] = f"{content['target']:g}, " + (
-                f"reached after {content['time_to_target_s']:.3f} s" if content["reached"] else "not reached")
-        rows["train time"] = f"{seconds:.3f} s"
-        rows["steps"] = f"{steps} of {content['steps_planned']}, {1000 * seconds / max(steps, 1):.2f} ms each"
-        if points and points[-1]["train_time_s"] > 0:
-            rows["tokens"] = f"{content['tokens']:,}, {content['tokens'] / points[-1]['train_time_s']:,.0f} per second"
-        if content["peak_memory_bytes"] is not None:
-            rows["peak memory"] = f"{content['peak_memory_bytes'] / 2**30:.2f} GiB"
-        rows |= {key: f"{value:.5f}" if isinstance(value, float) else str(value)
-                 for key, value in content["extra"].items()}
-        if content["status"] != "complete":
-            rows["status"] = f"{content['status']}: {content['message']}"
-        rows["record"] = self._place()
-        width = max(map(len, rows))
-        rule = "-" * 80
-        return "\n".join([rule, *(f"{key:{width}}  {value}" for key, value in rows.items()), rule])
-
     def _place(self):
         """The folder as the user would type it here."""
         folder = self.folder.absolute()
@@ -268,7 +275,8 @@ def parse_log(text):
     """Read back what a log.txt says.  text: str.
 
     Returns (facts, curve). facts: dict of the description at the top, plus `data` and `result` where the log has them.
-    curve: list of {step, tokens, train_time_s, val_loss}, the loss with six decimals and None where it is not finite.
+    curve: list of {step, tokens, train_time_s, val_loss or accuracy}, the latter with six decimals and None where it
+    is not finite.
     Raises ValueError where the description is missing.
     """
     head, separator, body = text.partition(f"\n{SEPARATOR}\n")
@@ -282,43 +290,28 @@ def parse_log(text):
         if key in LATER and value.startswith("{"):
             facts[key] = json.loads(value)
         elif match := VALIDATION.fullmatch(line):
-            loss = float(match[2])
-            curve.append({"step": int(match[1]), "tokens": int(match[4]), "train_time_s": int(match[3]) / 1000,
-                          "val_loss": loss if math.isfinite(loss) else None})
+            value = float(match[4])
+            curve.append({"step": int(match[1]), "tokens": int(match[7]), "train_time_s": int(match[5]) / 1000,
+                          match[3]: value if math.isfinite(value) else None})
     return facts, curve
 
 
-def end_on_signal(message=None):
-    """Make SIGINT and SIGTERM end the process within a moment, with status 128 + signal number.
-
-    Python's own handlers wait for the main thread to return to the interpreter, which it does not while it is inside a
-    collective of NCCL or gloo. The C part of the handler writes to a socket all the same, and a thread reads that.
-
-    message: printed to stderr; str, a function that returns it (and does not block), or None for nothing.
-    Call it in the main thread (ValueError elsewhere). Nothing else of the process runs after the signal.
-    """
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    ending = (signal.SIGINT, signal.SIGTERM)
-    for number in ending:
-        signal.signal(number, lambda number, frame: None)       # without a handler the socket is not written to
-    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-
-    def watch(writer=writer):       # holds the writing end, which would close when collected
-        number = reader.recv(1)[0]
-        while number not in ending:
-            number = reader.recv(1)[0]
-        try:
-            text = message() if callable(message) else message
-            if text:        # straight to the descriptor: the main thread may hold the lock of sys.stderr
-                os.write(2, f"\n{text}\n".encode() if os.isatty(2) else f"{text}\n".encode())
-        finally:
-            os._exit(128 + number)
-
-    threading.Thread(target=watch, name="end_on_signal", daemon=True).start()
+def reaches(metric, value, target):
+    """Whether `value` of "val_loss" or "accuracy" is at or beyond `target` (float)."""
+    return value <= target if DIRECTIONS[metric] == "down" else value >= target
 
 
-def _new_folder(parent, name):
+def not_finite(metric, value, step):
+    """The message of a record whose metric was NaN or infinite (float) at `step` (int)."""
+    return f"the {'validation loss' if metric == 'val_loss' else metric} is {value} at step {step}"
+
+
+def record_bytes(content):
+    """content: dict.  Returns the bytes of its record.json."""
+    return json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def new_folder(parent, name):
     """Create `parent`/`name`, with _2, _3 … where that exists; returns its Path."""
     with writing(parent):
         os.makedirs(parent, exist_ok=True)

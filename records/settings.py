@@ -53,7 +53,7 @@ def parse(cls, argv, *, presets, program, description, default_preset):
     _check_presets(fields, presets, default_preset)
     speaks = os.environ.get("RANK", "0") == "0"
     try:
-        given, wants_help = _read(argv, fields)
+        given, wants_help = read_arguments(argv, fields)
         preset = given.pop("preset", default_preset)
         if preset not in presets:
             raise SettingsError(f"unknown preset {preset!r}{_nearest(preset, presets)}")
@@ -62,7 +62,7 @@ def parse(cls, argv, *, presets, program, description, default_preset):
             if speaks:
                 print(_help(fields, defaults, presets, preset, program, description))
             sys.exit(0)
-        values = defaults | {name: _convert(fields[name], text) for name, text in given.items()}
+        values = defaults | {name: convert(fields[name], text) for name, text in given.items()}
         if any(field.name == "preset" for field in dataclasses.fields(cls)):
             values["preset"] = preset
         return cls(**values)
@@ -81,7 +81,8 @@ def check(settings):
 
 
 @dataclasses.dataclass
-class _Field:
+class Field:
+    """A setting. type: int, float, str or bool.  optional: whether it may be None.  The rest as in `option`."""
     name: str
     type: type
     optional: bool
@@ -102,7 +103,7 @@ class _Field:
 
 
 def _fields(cls):
-    """The settings of the dataclass: dict of name -> _Field, `preset` left out (it has an option of its own)."""
+    """The settings of the dataclass: dict of name -> Field, `preset` left out (it has an option of its own)."""
     hints = typing.get_type_hints(cls)
     fields = {}
     for field in dataclasses.fields(cls):
@@ -119,7 +120,7 @@ def _fields(cls):
         if field.default is dataclasses.MISSING:
             raise SettingsError(f"{cls.__name__}.{field.name} has no default; give it one with option(default, help)")
         choices = field.metadata.get("choices")
-        fields[field.name] = _Field(field.name, kind, optional, field.default, field.metadata.get("help", ""),
+        fields[field.name] = Field(field.name, kind, optional, field.default, field.metadata.get("help", ""),
                                     tuple(choices) if choices is not None else None, field.metadata.get("least"),
                                     field.metadata.get("most"))
     return fields
@@ -136,8 +137,9 @@ def _check_presets(fields, presets, default_preset):
                 _check_value(fields[name], value)
 
 
-def _read(argv, fields):
-    """Split the arguments: (dict of field name -> text, whether help is asked for)."""
+def read_arguments(argv, fields):
+    """Split `argv` (list of str) into settings of `fields` (dict of name -> Field): (dict of field name, or "preset",
+    -> text, whether help is asked for).  Raises SettingsError for what is no setting."""
     names = {"preset", *fields}
     given, wants_help = {}, False
     remaining = list(argv)
@@ -161,7 +163,7 @@ def _read(argv, fields):
     return given, wants_help
 
 
-def _convert(field, text):
+def convert(field, text):
     """The value of `field` that `text` stands for. Raises SettingsError where it stands for none."""
     if field.optional and text.lower() == "none":
         return None

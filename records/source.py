@@ -6,7 +6,7 @@ newline. The byte count rules, so a part may hold text that looks like a header.
 import hashlib
 import json
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 MARK = b"==== "
 ALWAYS = ("requirements.txt", "run.sh")     # belong to the run though nothing imports them
@@ -61,9 +61,10 @@ def pack_source(files):
 def unpack_source(packed):
     """packed: the content of a source.txt (bytes).  Returns dict of relative path -> bytes, in the order of the file.
 
-    Raises ValueError naming the position or the path where the content is not as its headers say.
+    Raises ValueError naming the line where the content is not as its headers say, or a path that does not lie inside
+    the folder it would be unpacked to.
     """
-    files, position = {}, 0
+    files, position, line = {}, 0, 1
     while position < len(packed):
         end = packed.find(b"\n", position)
         try:
@@ -71,12 +72,32 @@ def unpack_source(packed):
                 raise ValueError("no header line")
             header = json.loads(packed[position + len(MARK):end])
             path, size, expected = header["path"], header["bytes"], header["sha256"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"source.txt is damaged: at byte {position} expected a header line "
-                             f"'==== {{\"path\": ..., \"bytes\": ..., \"sha256\": ...}}' ({error})") from None
+            if type(size) is not int or size < 0:
+                raise ValueError(f"bytes is {str(size)[:40]}")
+            if (problem := path_problem(path)) or path in files:
+                raise ValueError(problem or f"a second part named {path!r}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"source.txt is damaged: line {line}, at byte {position}: expected a header line "
+                             f"'==== {{\"path\": ..., \"bytes\": ..., \"sha256\": ...}}' "
+                             f"({type(error).__name__}: {str(error)[:200]})") from None
         content = packed[end + 1:end + 1 + size]
         position = end + 1 + size + 1
         if packed[position - 1:position] != b"\n" or sha256(content) != expected:
-            raise ValueError(f"source.txt is damaged: the {size} bytes of {path!r} do not have the SHA-256 {expected}")
+            raise ValueError(f"source.txt is damaged: the {size} bytes of {path!r} from line {line + 1} on do not have "
+                             f"the SHA-256 {str(expected)[:64]!a}")
         files[path] = content
+        line += 2 + content.count(b"\n")
+    for path in files:
+        for parent in PurePosixPath(path).parents:
+            if str(parent) in files:
+                raise ValueError(f"source.txt is damaged: {str(parent)!r} is both a file and a folder, of {path!r}")
     return files
+
+
+def path_problem(path):
+    """Why `path` cannot be a file or folder inside another folder (str), or None where it can."""
+    if not isinstance(path, str) or not 0 < len(path) <= 400 or not path.isprintable() or "\\" in path:
+        return f"not a file name: {str(path)[:80]!r}"
+    if any(part in ("", ".", "..") for part in path.split("/")):
+        return f"a path that leads elsewhere: {path[:80]!r}"
+    return None

@@ -1,5 +1,6 @@
 """The record of a run: what is in it, that it is true whenever the run ends, and that it names no machine."""
 import builtins
+import hashlib
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -56,11 +58,11 @@ def test_a_complete_run(tmp_path, capsys, monkeypatch):
         {"step": 40, "tokens": 1000, "train_time_s": 1.235, "val_loss": 4.123456789},
         {"step": 80, "tokens": 2000, "train_time_s": 2.469, "val_loss": 2.9999999},
         {"step": 120, "tokens": 3000, "train_time_s": 3.704, "val_loss": 3.0000004}]
-    expected = {"schema": 1, "track": "text-local", "name": "turbo-muon", "status": "complete", "target": 3.0,
+    expected = {"schema": 2, "track": "text-local", "name": "turbo-muon", "status": "complete", "target": 3.0,
                 "reached": True, "time_to_target_s": 2.469, "train_time_s": 3.704, "steps": 120, "steps_planned": 100,
                 "tokens": 3000, "val_loss": 3.0000004, "seed": 7, "config": {"lr": 0.02}, "message": None,
                 "data": {"val_000.bin": "ab" * 32, "train_000.bin": "cd" * 32}, "peak_memory_bytes": 3 * 2**30,
-                "extra": {"bigram loss": 2.5}}
+                "extra": {"bigram loss": 2.5}, "log_sha256": hashlib.sha256(log_of(record).encode()).hexdigest()}
     assert {key: content[key] for key in expected} == expected
     assert content.keys() - expected.keys() == {"started", "command", "hardware", "versions", "git", "source",
                                                 "validation"}
@@ -94,12 +96,161 @@ def test_the_log_says_everything_that_the_record_claims(tmp_path):
     assert content["config"] == {"lr": 0.02, "betas": [0.8, 0.95], "clip": "inf", "name": "a: b\nc"}
     for key in ("status", "message", "steps", "train_time_s", "peak_memory_bytes", "extra"):
         assert facts["result"][key] == content[key], key
+    assert facts["result"]["values"] == [3.1234567]     # with all digits
     assert curve == [{"step": 50, "tokens": 512, "train_time_s": 1.5, "val_loss": 3.123457}]
     files = unpack_source((record.folder / "source.txt").read_bytes())
     assert files["records/log.py"] == (ROOT / "records/log.py").read_bytes()
     assert files.keys() == content["source"].keys()
     with pytest.raises(ValueError, match="no line of 100 '='"):
         parse_log("something else")
+
+
+def test_lines_of_a_script_are_not_taken_for_the_records_own(tmp_path, capsys):
+    record = new_record(tmp_path)
+    text = 'a\nstep:9/9 val_loss:1.0\nresult: {}\ndata: {"a": 1}\nsource: {}\ndata: mine\x1b[2J\u202e\r'
+    record.line(text)
+    assert log_of(record).endswith('a\n step:9/9 val_loss:1.0\n result: {}\n data: {"a": 1}\n source: {}\ndata: mine'
+                                   '\\x1b[2J\\u202e\\r\n')
+    assert capsys.readouterr().out == text + "\n"      # the console gets what the script says
+    assert parse_log(log_of(record))[0].keys() == strict(record).keys() & parse_log(log_of(record))[0].keys()
+    assert "data" not in parse_log(log_of(record))[0]
+
+
+def test_the_hash_of_the_log_comes_at_the_end_and_stays_true(tmp_path, monkeypatch):
+    monkeypatch.setattr(Record, "_draw", lambda record: None)
+    def fits():
+        return strict(record)["log_sha256"] == hashlib.sha256((record.folder / "log.txt").read_bytes()).hexdigest()
+    record = new_record(tmp_path)
+    record.validation(1, 3.0, 1.0, 1)
+    assert strict(record)["log_sha256"] is None
+    record.finish()
+    assert fits()
+    record.line("afterwards")
+    assert fits() and log_of(record).endswith("afterwards\n")
+    record = new_record(tmp_path)
+    record.fail("failed", "why")
+    assert fits() and log_of(record).endswith("failed: why\n")
+
+
+def test_a_track_of_accuracies(tmp_path, capsys):
+    record = new_record(tmp_path, track="cifar10-94", target=0.94)
+    record.validation(4, 0.93, 1.0, 100)
+    record.validation(8, 0.94012, 2.0, 200)
+    record.validation(9, 0.9399, 2.5, 300)
+    summary = record.finish()
+    content = strict(record)
+    assert content["accuracy"] == 0.9399 and "val_loss" not in content
+    assert content["validation"][1] == {"step": 8, "tokens": 200, "train_time_s": 2.0, "accuracy": 0.94012}
+    assert content["reached"] is True and content["time_to_target_s"] == 2.0
+    assert "step:8/100 accuracy:0.940120 train_time:2000ms step_avg:250.00ms tokens:200\n" in capsys.readouterr().out
+    assert parse_log(log_of(record))[1] == content["validation"]
+    assert re.search(r"^accuracy +0.93990$", summary, re.MULTILINE)
+    record = new_record(tmp_path, track="cifar10-94", target=0.94)
+    record.validation(1, float("nan"), 1.0, 1)
+    assert strict(record)["message"] == "the accuracy is nan at step 1"
+
+
+# -- Weights & Biases ------------------------------------------------------------------------------------------------
+
+class FakeWandb(types.ModuleType):
+    """Stands in for wandb: keeps what it is told, or raises an error in the call named `broken`."""
+
+    def __init__(self, logged_in=False, broken=None):
+        super().__init__("wandb")
+        self.calls, self.logged_in, self.broken, self.summary = [], logged_in, broken, self
+        self.Settings = lambda **words: words
+
+    def _call(self, name, /, *values, **words):
+        if name == self.broken:
+            raise ConnectionError("no network\nat all")
+        self.calls.append((name, *values, words))
+        return self
+
+    def login(self, **words):
+        return self.logged_in
+
+    def init(self, **words):
+        return self._call("init", **words)
+
+    def log(self, values, **words):
+        self._call("log", values, **words)
+
+    def update(self, values):
+        self._call("summary", values)
+
+    def finish(self, **words):
+        self._call("finish", **words)
+
+
+def run_with_wandb(tmp_path, monkeypatch, fake, end="finish"):
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(Record, "_draw", lambda record: None)       # half a second
+    record = new_record(tmp_path, wandb="ab-7")
+    record.validation(5, 3.5, 1.0, 100)
+    record.validation(10, 2.5, 2.0, 200)
+    record.finish(extra={"a": 1}) if end == "finish" else record.fail("failed", "why")
+    return strict(record), log_of(record)
+
+
+def test_wandb_is_told_the_validations_and_the_result(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    content, log = run_with_wandb(tmp_path, monkeypatch, fake)
+    [init, first, second, summary, finish] = fake.calls
+    assert init[0] == "init" and init[1]["group"] == "ab-7" and init[1]["mode"] == "offline"
+    assert init[1]["config"]["config"] == {"lr": 0.02} and init[1]["settings"]["console"] == "off"
+    assert first == ("log", {"tokens": 100, "train_time_s": 1.0, "val_loss": 3.5}, {"step": 5})
+    assert second == ("log", {"tokens": 200, "train_time_s": 2.0, "val_loss": 2.5}, {"step": 10})
+    assert summary[1]["reached"] is True and summary[1]["status"] == "complete" and summary[1]["val_loss"] == 2.5
+    assert finish == ("finish", {"exit_code": 0})
+    assert content["status"] == "complete" and "Weights & Biases: offline, group 'ab-7'" in log
+
+
+def test_wandb_is_online_where_there_is_a_login_and_hears_of_failures(tmp_path, monkeypatch):
+    fake = FakeWandb(logged_in=True)
+    run_with_wandb(tmp_path, monkeypatch, fake, end="fail")
+    assert fake.calls[0][1]["mode"] == "online" and fake.calls[-1] == ("finish", {"exit_code": 1})
+    assert fake.calls[-2][1]["message"] == "why"
+
+
+@pytest.mark.parametrize("broken", ["init", "log", "summary", "finish", "import"])
+def test_a_failure_of_wandb_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, broken):
+    fake = None if broken == "import" else FakeWandb(broken=broken)     # None in sys.modules: cannot be imported
+    content, log = run_with_wandb(tmp_path, monkeypatch, fake)
+    assert content["status"] == "complete" and len(content["validation"]) == 2
+    [line] = [line for line in log.splitlines() if "Weights & Biases is not used" in line]
+    assert ("pip install wandb" if broken == "import" else "no network at all") in line
+    assert content["log_sha256"] == hashlib.sha256(log.encode()).hexdigest()
+
+
+IN_A_PROCESS = """
+import sys
+from pathlib import Path
+root = Path(sys.argv[1])
+sys.path.insert(0, str(root))
+from records.log import Record
+Record._draw = lambda record: None
+record = Record(sys.argv[2], track="t", name="n", target=3.0, steps=100, seed=0, config={}, script=root / "train.py",
+                repository=root, device="cpu", wandb=sys.argv[3] if len(sys.argv) > 3 else None)
+record.validation(100, 2.5, 1.0, 100)
+record.finish()
+print("wandb" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("group", [(), ("ab-7",)])
+def test_wandb_itself(tmp_path, group):
+    """Offline, in a process of its own; and without the flag it is not imported."""
+    if group:
+        pytest.importorskip("wandb")
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    done = subprocess.run([sys.executable, "-c", IN_A_PROCESS, str(ROOT), str(tmp_path / "records"), *group],
+                          env=clean | {"WANDB_DIR": str(tmp_path), "WANDB_MODE": "offline", "HOME": str(tmp_path)},
+                          cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == str(bool(group)), done.stderr
+    assert "is not used" not in done.stdout
+    kept = [file.read_bytes() for file in tmp_path.glob("wandb/offline-run-*/*.wandb")]
+    assert len(kept) == len(group) and all(b"ab-7" in content and b"val_loss" in content for content in kept)
 
 
 def test_a_second_record_of_the_same_second_gets_its_own_folder(tmp_path):
