@@ -60,7 +60,9 @@ class Plan:
         self.unit = [torch.empty(shape, dtype=dtype, device=device) for shape in padded]
         # where a restart puts Q U, and the next one Q of that, and so on in turn
         self.other = [torch.zeros_like(unit) for unit in self.unit] if len(self.segments) > 1 else []
-        self.last = (self.unit, self.other)[(len(self.segments) - 1) % 2]  # what Q is to be multiplied with in the end
+        places = list(self._places(self.unit))
+        self.norms = [self.arena.weights[first : first + len(unit)] for first, unit in places]
+        self.shapes, self.factors = shapes, None
         chunks = -(-batch // (self.tiles.chunk or batch))
         ends = [batch * i // chunks for i in range(chunks + 1)]
         self.chunks = list(zip(ends, ends[1:]))
@@ -73,17 +75,19 @@ class Plan:
 
         capturing: a CUDA graph of the caller's is under capture
         """
-        for x, (first, unit) in zip(xs, self._places(self.unit)):
-            unit_rows(x, unit, self.arena.weights[first : first + len(x)], self.tiles.chained)
+        for x, unit, norms in zip(xs, self.unit, self.norms):
+            unit_rows(x, unit, norms, self.tiles.chained)
         self._iterate(capturing)
-        outputs = []
-        for x, (first, last) in zip(xs, self._places(self.last)):
-            b, n, m = x.shape
-            q = self.arena.matrices[self.result, first : first + b, :n, :n]
-            last = last[:, :n, :m]
-            transposed = x.stride(1) < x.stride(2)  # a tall matrix, seen from its side: so is the result
-            outputs.append(torch.bmm(last.mT, q.mT).mT if transposed else torch.bmm(q, last))
-        return outputs
+        self.factors = self.factors or self._factors()
+        # a tall matrix is seen from its side, and so is its result
+        return [torch.bmm(last.mT, q.mT).mT if x.stride(1) < x.stride(2) else torch.bmm(q, last)
+                for x, (q, last) in zip(xs, self.factors)]
+
+    def _factors(self) -> list[tuple[Tensor, Tensor]]:
+        """Where the launches leave the two factors of O: Q (b, n, n) and U or X (b, n, m) for every shape."""
+        last = (self.unit, self.other)[(len(self.segments) - 1) % 2]
+        return [(self.arena.matrices[self.result, first : first + b, :n, :n], unit[:, :n, :m])
+                for (b, n, m), (first, unit) in zip(self.shapes, self._places(last))]
 
     def _iterate(self, capturing: bool) -> None:
         if capturing or not self.arena.matrices.is_cuda:
