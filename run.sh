@@ -58,7 +58,7 @@ case "${1:-}" in
         ;;
     test)
         shift
-        exec python -m pytest "$@"
+        exec python -m pytest -n 2 --dist loadfile "$@" # two processes: the kernels' interpreter uses one core each
         ;;
     ab)
         exec python -m records "$@"

@@ -523,6 +523,8 @@ def main(argv: list[str] | None = None) -> None:
                   if rank == 0 else None)
     try:
         device = pick_device(s)
+        for setting in ("batch_tokens", "val_tokens"):  # on every rank before any of them waits for the others
+            s.sequences_at_once(setting, int(os.environ.get("WORLD_SIZE", "1")))
         with process_group(device) as (rank, world_size):
             train(s, device, rank, world_size, started)
         return

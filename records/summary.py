@@ -21,7 +21,7 @@ def summary(content, place):
     if content["peak_memory_bytes"] is not None:
         rows["peak memory"] = f"{content['peak_memory_bytes'] / 2**30:.2f} GiB"
     rows |= {key: f"{value:.5f}" if isinstance(value, float) else str(value)
-             for key, value in content["extra"].items()}
+             for key, value in content["extra"].items() if not isinstance(value, dict)}     # those are tables
     if content["status"] != "complete":
         rows["status"] = f"{content['status']}: {content['message']}"
     rows["record"] = place

@@ -107,8 +107,12 @@ def test_square_bound_and_first_step(arena, factor):
     assert torch.allclose(arena.norms.double().sum(1).sqrt(), norm, rtol=1e-3)
     arena.scales.uniform_(0.5, 2)
     scales = arena.scales.double()
-    arena.bounded_polynomial(0, 3, 1, -4.0, 2.0)
     bound = norm.sqrt().clamp(max=1)[:, None, None]
+    arena.bounded_polynomial(0, 3, 4, 6.0, -4.0, 2.0, scaled=True)
+    expected = (6 * identity(arena) - 4 * r / bound + 2 * s / bound**2) * scales[:, None, :] / bound.sqrt()
+    assert (slots(arena)[4] - expected).abs().max() <= 2e-3 * expected.abs().max()
+    assert torch.equal(arena.scales.double(), scales)  # t is in W already
+    arena.bounded_polynomial(0, 3, 1, 0.0, -4.0, 2.0, scaled=False)
     assert close(slots(arena)[1], -4 * r / bound + 2 * s / bound**2)
     scales /= bound[:, :, 0].sqrt()
     assert torch.allclose(arena.scales.double(), scales, rtol=1e-3)
@@ -118,6 +122,13 @@ def test_square_bound_and_first_step(arena, factor):
     arena.product((0,), (1,), (2,), x=(3.0, (0,)), y=(2.0, 1), e=6.0, mode="scaled")
     expected = (r @ w + 3 * r + 2 * w + 6 * identity(arena)) * scales[:, None, :]
     assert (slots(arena)[2] - expected).abs().max() <= 2e-3 * expected.abs().max()
+
+
+def test_gram_without_sums(arena):
+    unit = torch.randn(BATCH, arena.n, 96, device=DEVICE).to(torch.float16) / 10
+    before = arena.sums.fill_(7.0).clone()
+    arena.gram(unit, sums=False)
+    assert close(slots(arena)[0], unit.double() @ unit.double().mT) and torch.equal(arena.sums, before)
 
 
 @pytest.mark.parametrize("m", [48, 1000 if GPU else 33])

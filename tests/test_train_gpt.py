@@ -140,6 +140,15 @@ def test_validation_comes_at_the_start_every_val_every_steps_and_at_the_end(data
     assert seconds[0] == 0 and seconds == sorted(seconds)
 
 
+def test_a_profile_goes_into_the_record_and_changes_no_loss(finished, data, tmp_path):
+    record = train(data, tmp_path, profile=True)
+    parts = record["extra"]["profile"]["parts_ms"]
+    assert parts.keys() == {"forward and backward", "muon: gradients", "muon: momentum", "muon: orthogonalise",
+                            "muon: apply", "adam"}
+    assert all(ms > 0 for ms in parts.values()) and sum(parts.values()) <= record["extra"]["profile"]["step_ms"]
+    assert losses(record) == losses(finished) and "muon: orthogonalise" in (record["folder"] / "log.txt").read_text()
+
+
 def test_source_txt_holds_the_code_that_ran(finished):
     source = unpack_source((finished["folder"] / "source.txt").read_bytes())
     for path in ("train_gpt.py", "optim/__init__.py", "optim/muon.py", "optim/polar.py", "data/shards.py",
