@@ -7,16 +7,18 @@
 
 from functools import partial
 
+import torch
 from torch import nn
 
 from .adam import Adam
+from .amo import AMO, budgets
 from .chained import ChainedOptimizer
-from .finite import NonFiniteError
+from .finite import NonFiniteError, parameter_names
 from .muon import Muon
 from .polar import POLARS, Polar, get_polar
 
-__all__ = ["Adam", "ChainedOptimizer", "Muon", "NonFiniteError", "OPTIMIZERS", "POLARS", "Polar", "get_optimizer",
-           "get_polar", "route", "route_table"]
+__all__ = ["AMO", "Adam", "ChainedOptimizer", "Muon", "NonFiniteError", "OPTIMIZERS", "POLARS", "Polar", "budgets",
+           "get_optimizer", "get_polar", "route", "route_table", "state_bytes", "state_table"]
 
 HEADS = ("head", "lm_head", "classifier")  # modules that map to classes, whose weight is not a hidden layer's
 KINDS = ("matrix", "embedding", "head", "scalar")
@@ -63,6 +65,31 @@ def route_table(groups: dict[str, list[tuple[str, nn.Parameter]]]) -> str:
     return "\n".join(lines)
 
 
+def state_bytes(optimizer: torch.optim.Optimizer) -> list[tuple[str, str, int, int]]:
+    """(kind of group, name, elements, bytes of state on this rank) of every parameter that has state: after a step.
+
+    Tensors of the state alone, of one optimizer or a chain; scratch memory and padding of shares are not counted.
+    """
+    found = []
+    for one in getattr(optimizer, "optimizers", [optimizer]):
+        for group in one.param_groups:
+            for name, p in zip(parameter_names(group), group["params"]):
+                held = [value for value in one.state.get(p, {}).values() if isinstance(value, torch.Tensor)]
+                if held:
+                    size = sum(value.numel() * value.element_size() for value in held)
+                    found.append((group.get("kind", "all"), name, p.numel(), size))
+    return found
+
+
+def state_table(optimizer: torch.optim.Optimizer) -> str:
+    """`state_bytes` summed, a line for each kind of group: elements, bytes, bytes for each element."""
+    lines, held = [], state_bytes(optimizer)
+    for kind in dict.fromkeys(kind for kind, *_ in held):
+        elements, size = (sum(entry[column] for entry in held if entry[0] == kind) for column in (2, 3))
+        lines.append(f"{kind:<10}{elements:>14,} parameters {size:>14,} bytes of state {size / elements:>8.3f} each")
+    return "\n".join(lines)
+
+
 def _with_adam(
     groups,
     *,
@@ -78,11 +105,15 @@ def _with_adam(
     adam_weight_decay: float = 0.0,
     engine: str = "auto",
     process_group=None,
+    **matrix_options,
 ) -> ChainedOptimizer:
     """`matrices`(params, lr=…, …) for the matrix group, or Adam at the same `lr` if None; Adam for the other groups.
 
-    engine: what Muon orthogonalises with, "auto", "fused" or "eager" (see optim.polar.Polar)
+    engine          what Muon works with, "auto", "fused" or "eager" (see optim.polar.Polar)
+    matrix_options  of Muon, over the recipe's own: polar="turbo-3", beta2=0.9, cautious=True, …
     """
+    if matrices is None and matrix_options:
+        raise ValueError(f"{', '.join(matrix_options)}: options of Muon, and this recipe has only Adam")
     rates = {"embedding": embedding_lr, "head": head_lr, "scalar": scalar_lr}
     adam_groups = [{"params": groups[kind], "lr": rate, "kind": kind} for kind, rate in rates.items() if groups[kind]]
     matrix_group = {"params": groups["matrix"], "lr": lr, "weight_decay": weight_decay, "kind": "matrix"}
@@ -91,7 +122,7 @@ def _with_adam(
         adam_groups.insert(0, matrix_group)
     else:
         optimizers.append(matrices([matrix_group], momentum=momentum, engine=engine,
-                                   process_group=process_group))
+                                   process_group=process_group, **matrix_options))
     if adam_groups:
         optimizers.append(Adam(adam_groups, betas=adam_betas, eps=adam_eps, weight_decay=adam_weight_decay,
                                process_group=process_group))
@@ -106,6 +137,13 @@ OPTIMIZERS = {  # name -> factory(route(model), lr=…, …) -> one optimizer fo
     "turbo-muon": partial(_with_adam, matrices=partial(Muon, polar="turbo")),
     "turbo-muon-5": partial(_with_adam, matrices=partial(Muon, polar="turbo-5")),
     "turbo-muon-published": partial(_with_adam, matrices=partial(Muon, polar="turbo-published")),
+    "muon2": partial(_with_adam, matrices=partial(Muon, polar="muon-3", second_moment="full")),
+    "muon2-f": partial(_with_adam, matrices=partial(Muon, polar="muon-3", second_moment="factored")),
+    "turbo-muon2": partial(_with_adam, matrices=partial(Muon, polar="turbo", second_moment="full")),
+    "turbo-muon2-f": partial(_with_adam, matrices=partial(Muon, polar="turbo", second_moment="factored")),
+    "normuon": partial(_with_adam, matrices=partial(Muon, polar="muon", row_normalize=True)),
+    "amo": partial(_with_adam, matrices=partial(Muon, polar="muon", budget=AMO(average_steps=5, max_steps=7))),
+    "turbo-amo": partial(_with_adam, matrices=partial(Muon, polar="turbo", budget=AMO(average_steps=4))),
 }
 
 

@@ -1,28 +1,33 @@
 """Muon: momentum, orthogonalised. Matrices of one shape are one batch; with many ranks each orthogonalises a slice.
 
     gradients of one shape ── stack ──> (P, split, n, m) ── reduce-scatter ──> this rank's (P / ranks, split, n, m)
-    momentum: B ← B + (1 − μ)(G − B),  Nesterov: M = G + μ(B − G)
-    O = polar(M) ── all-gather ──> W ← (1 − lr·decay)·W − lr·ratio·O
+    momentum: B ← B + (1 − μ)(G − B),  Nesterov: M = G + μ(B − G),  Muon²: M / (√V + ε)       second_moment.py
+    O = polar(M),  NorMuon: rows of equal size ── all-gather ──> W ← (1 − lr·decay)·W − lr·ratio·O
 
 Keller Jordan, https://kellerjordan.github.io/posts/muon/; the sharding follows the idea of modded-nanogpt's.
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .amo import AMO, Budget
 from .collectives import reject_unsupported
 from .finite import parameter_names
 from .parts import part
 from .polar import Polar, get_polar
+from .second_moment import SECOND_MOMENTS, moment_dtype, moment_shapes, momentum_update, row_normalised
 from .sharded import ShardedOptimizer
 
 ADJUST_LR = {  # how the learning rate depends on a matrix's (rows, columns); names as in torch.optim.Muon
     "original": lambda rows, columns: math.sqrt(max(1, rows / columns)),
     "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
 }
+# Options that older checkpoints do not name, and what those did:
+YOUNGER = dict(second_moment=None, row_normalize=False, beta2=0.95, second_moment_eps=1e-10, cautious=False)
 
 
 class Muon(ShardedOptimizer):
@@ -34,13 +39,19 @@ class Muon(ShardedOptimizer):
 
     lr            learning rate; the update's spectral norm is about lr times adjust_lr_fn(rows, columns)
     polar         a name in optim.polar.POLARS or a Polar
+    second_moment None, "full" (Muon²) or "factored" (Muon²-F, arXiv 2604.09967): M / (√V + ε) is orthogonalised
+    row_normalize NorMuon (arXiv 2510.05491): rows of the update, the output neurons', are brought to one size over time
+    beta2, second_moment_eps   decay and ε of either second moment, see optim.second_moment
+    budget        AMO(...): operator types get numbers of steps of their own, see optim.amo (arXiv 2605.17806)
+    cautious      weight decay only where update and weight agree in sign, or one is 0 (arXiv 2510.12402)
     engine        "auto", "fused" or "eager": replaces the Polar's own, which None keeps
     process_group ranks that share the work; None: the default group if torch.distributed runs, else this process alone.
                   Gradients are averaged over the ranks here: do not wrap the model in DistributedDataParallel.
 
     `p.grad` is read, never written; parameters without gradient are skipped (on every rank alike). A NaN or infinite
     gradient raises NonFiniteError within a step or so; `check_finite()` waits for the last one. state_dict() holds this
-    rank's share of the momentum.
+    rank's share of momentum and moments; loading one with other parts than this optimizer's raises ValueError.
+    All options but polar, budget and engine can be set by parameter group.
     """
 
     def __init__(
@@ -52,23 +63,58 @@ class Muon(ShardedOptimizer):
         nesterov: bool = True,
         *,
         polar: str | Polar = "turbo",
+        second_moment: str | None = None,
+        row_normalize: bool = False,
+        beta2: float = 0.95,
+        second_moment_eps: float = 1e-10,
+        budget: AMO | None = None,
         adjust_lr_fn: str | None = "original",
+        cautious: bool = False,
         engine: str | None = None,
         process_group=None,
     ):
         if adjust_lr_fn is not None and adjust_lr_fn not in ADJUST_LR:
             raise ValueError(f"unknown adjust_lr_fn {adjust_lr_fn!r}: expected one of {', '.join(ADJUST_LR)}")
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
-                        adjust_lr_fn=adjust_lr_fn or "original", split=1)
+                        second_moment=second_moment, row_normalize=row_normalize, beta2=beta2,
+                        second_moment_eps=second_moment_eps, adjust_lr_fn=adjust_lr_fn or "original",
+                        cautious=cautious, split=1)
         self.polar = get_polar(polar) if engine is None else get_polar(polar, engine=engine)
+        self.engine = self.polar.engine
         super().__init__(params, defaults, process_group)
+        self.budget = budget and Budget(budget, self.polar, self.ranks)
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
         self._make_all_banks()
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a checkpoint from before an option existed
+            for option, before in YOUNGER.items():
+                group.setdefault(option, before)
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | ({"budget": self.budget.state_dict()} if self.budget else {})
+
     def load_state_dict(self, state_dict: dict) -> None:
+        if ("budget" in state_dict) != (self.budget is not None):
+            raise ValueError(f"Muon: the checkpoint has {'a' if 'budget' in state_dict else 'no'} budget, unlike this "
+                             "optimizer; resume with the recipe that it was saved from")
+        for ours, theirs in zip(self.param_groups, state_dict["param_groups"]):
+            for option in ("second_moment", "row_normalize"):  # they decide what a state holds
+                saved = theirs.get(option, YOUNGER[option])
+                if ours[option] != saved:
+                    raise ValueError(f"Muon: the checkpoint has {option}={saved!r}, this optimizer {ours[option]!r}: "
+                                     "its state does not serve")
         super().load_state_dict(state_dict)
+        if self.budget:
+            self.budget.load_state_dict(state_dict["budget"])
+        for ours, theirs in zip(self.param_groups, state_dict["param_groups"]):
+            for p, number in zip(ours["params"], theirs["params"]):
+                for key, value in state_dict["state"].get(number, {}).items():
+                    if key != "momentum_buffer":  # torch has cast the moments to p.dtype
+                        self.state[p][key] = value.to(p.device)
         self._make_all_banks()
 
     def _make_all_banks(self) -> None:
@@ -78,6 +124,12 @@ class Muon(ShardedOptimizer):
         if group["lr"] < 0 or group["weight_decay"] < 0 or not 0 <= group["momentum"] < 1:
             raise ValueError("Muon needs lr >= 0, weight_decay >= 0, 0 <= momentum < 1; got "
                              f"{group['lr']}, {group['weight_decay']}, {group['momentum']}")
+        if not 0 <= group["beta2"] < 1 or group["second_moment_eps"] <= 0:
+            raise ValueError("Muon needs 0 <= beta2 < 1, second_moment_eps > 0; got "
+                             f"{group['beta2']}, {group['second_moment_eps']}")
+        if group["second_moment"] not in SECOND_MOMENTS:
+            raise ValueError(f"unknown second_moment {group['second_moment']!r}: expected one of "
+                             f"{', '.join(map(repr, SECOND_MOMENTS))}")
         by_shape: dict[tuple, Bank] = {}
         for name, p in zip(parameter_names(group), group["params"]):
             reject_unsupported(p, name, "Muon")
@@ -101,7 +153,14 @@ class Muon(ShardedOptimizer):
         with part("muon: momentum"):
             updates = [self._momentum_update(bank, grads) for bank, grads in zip(banks, summed)]
         with part("muon: orthogonalise"):
-            orthogonal = self.polar.many(updates)
+            if self.budget:
+                orthogonal = self.budget.many(updates, [bank.names for bank in banks])
+            else:
+                orthogonal = self.polar.many(updates)
+        if any(bank.group["row_normalize"] for bank in banks):
+            with part("muon: normalise rows"):
+                orthogonal = [self._row_normalised(bank, o) if bank.group["row_normalize"] else o
+                              for bank, o in zip(banks, orthogonal)]
         with part("muon: apply"):
             gathered = [self.ranks.all_gather(o) for o in orthogonal]
             for bank, grads in zip(banks, summed):  # only now: collectives run in the order in which they are asked for
@@ -133,25 +192,52 @@ class Muon(ShardedOptimizer):
         """grads: (share, split, n, m), summed over ranks. What this rank is to orthogonalise, of the same shape."""
         if self.ranks.size > 1:
             grads = grads.div_(self.ranks.size)
-        momentum = self._momentum(bank, grads)
-        asleep = [slot for slot, i in enumerate(self._own(bank, grads)) if bank.params[i].grad is None]
-        kept = momentum[asleep].clone() if asleep else None
-        mu = bank.group["momentum"]
-        momentum.lerp_(grads, 1 - mu)
-        update = grads.lerp(momentum, mu) if bank.group["nesterov"] else momentum
-        if asleep:
-            momentum[asleep] = kept
-        return update
+        group, state = bank.group, self._state(bank, grads)
+        moments = [state[key] for key in moment_shapes(group["second_moment"], *bank.shape)]
+        with self._asleep_kept(bank, [state["momentum_buffer"], *moments]):
+            return momentum_update(grads, state["momentum_buffer"], moments, mu=group["momentum"],
+                                   nesterov=group["nesterov"], beta2=group["beta2"], eps=group["second_moment_eps"],
+                                   engine=self.engine)
 
-    def _momentum(self, bank: "Bank", grads: Tensor) -> Tensor:
-        """This rank's momentum, (share, split, n, m); state[p]["momentum_buffer"] are views of it."""
-        if bank.momentum is None:
-            bank.momentum = torch.zeros_like(grads)
-            for slot, p in zip(bank.momentum, (bank.params[i] for i in self._own(bank, grads))):
-                if "momentum_buffer" in self.state[p]:  # loaded from a checkpoint
-                    slot.copy_(self.state[p]["momentum_buffer"].reshape(bank.shape))
-                self.state[p]["momentum_buffer"] = slot.view(p.shape)
-        return bank.momentum
+    def _row_normalised(self, bank: "Bank", orthogonal: Tensor) -> Tensor:
+        rows = bank.state["row_second_moment"]
+        with self._asleep_kept(bank, [rows]):
+            return row_normalised(orthogonal, rows, beta2=bank.group["beta2"], eps=bank.group["second_moment_eps"])
+
+    @contextmanager
+    def _asleep_kept(self, bank: "Bank", tensors: list[Tensor]):
+        """Parameters without gradient have, after the block, what they had in `tensors` (share, …) before it."""
+        asleep = [slot for slot, i in enumerate(self._own(bank, tensors[0])) if bank.params[i].grad is None]
+        kept = [tensor[asleep].clone() for tensor in tensors] if asleep else []
+        yield
+        for tensor, before in zip(tensors, kept):
+            tensor[asleep] = before
+
+    def _state(self, bank: "Bank", grads: Tensor) -> dict[str, Tensor]:
+        """This rank's momentum and moments by name, each (share, …); state[p][name] are views of them.
+
+        Made at the first call, from what a checkpoint left in self.state.
+        """
+        if bank.state is None:
+            exact = moment_dtype(grads.dtype)
+            layout = {"momentum_buffer": (bank.shape, grads.dtype)}
+            for name, shape in moment_shapes(bank.group["second_moment"], *bank.shape).items():
+                layout[name] = shape, exact
+            if bank.group["row_normalize"]:
+                layout["row_second_moment"] = bank.shape[:2], exact
+            bank.state = {name: torch.zeros(len(grads), *shape, dtype=dtype, device=grads.device)
+                          for name, (shape, dtype) in layout.items()}
+            for slot, i in enumerate(self._own(bank, grads)):
+                p, loaded = bank.params[i], dict(self.state[bank.params[i]])
+                if loaded.keys() - layout.keys() or loaded and layout.keys() - loaded.keys():
+                    raise ValueError(f"Muon: the checkpoint's state of {bank.names[i]} holds {', '.join(loaded)}, "
+                                     f"this optimizer needs {', '.join(layout)}")
+                for name, (shape, _) in layout.items():
+                    view = bank.state[name][slot]
+                    if loaded:
+                        view.copy_(loaded[name].reshape(shape))
+                    self.state[p][name] = view.view(p.shape) if shape == bank.shape else view
+        return bank.state
 
     def _apply(self, bank: "Bank", updates: Tensor) -> None:
         group = bank.group
@@ -159,7 +245,15 @@ class Muon(ShardedOptimizer):
         updates = updates.to(bank.params[0].dtype)
         awake = [(p, u.reshape(p.shape)) for p, u in zip(bank.params, updates) if p.grad is not None]
         params, updates = zip(*awake)
-        torch._foreach_mul_(params, 1 - lr * decay)
+        if group["cautious"] and decay:
+            agree = torch._foreach_mul(params, updates)
+            torch._foreach_sign_(agree)
+            torch._foreach_add_(agree, 1)
+            torch._foreach_clamp_max_(agree, 1)  # 1 where the product is at least 0, else 0
+            torch._foreach_mul_(agree, params)
+            torch._foreach_add_(params, agree, alpha=-lr * decay)
+        else:
+            torch._foreach_mul_(params, 1 - lr * decay)
         torch._foreach_add_(params, updates, alpha=-lr * ADJUST_LR[group["adjust_lr_fn"]](*bank.shape[1:]))
 
 
@@ -173,4 +267,4 @@ class Bank:
     def __post_init__(self):
         self.names: list[str] = []
         self.params: list[Tensor] = []
-        self.momentum: Tensor | None = None
+        self.state: dict[str, Tensor] | None = None  # this rank's share, made at the first step

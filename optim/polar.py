@@ -206,10 +206,12 @@ def _gram_form(
 
 POLARS: dict[str, Polar] = {
     "muon": Polar(polynomials.MUON),
+    "muon-3": Polar(polynomials.MUON[:3]),  # as many of Muon's steps as Muon² takes (arXiv 2604.09967)
     "muon-plus": Polar(polynomials.MUON_PLUS),
     "polar-express": Polar(polynomials.POLAR_EXPRESS),
     # Four steps like Turbo-Muon's, no worse than those on any test distribution, better on the momentum of a run.
     "turbo": Polar(polynomials.FITTED[4], normalize="aol", bound=True, form="auto"),
+    "turbo-3": Polar(polynomials.FITTED[3], normalize="aol", bound=True, form="auto"),
     "turbo-5": Polar(polynomials.FITTED[5], normalize="aol", bound=True, form="auto", restart=3),
     "turbo-published": Polar(polynomials.TURBO, normalize="aol", form="auto"),
 }
