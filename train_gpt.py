@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from data import fineweb, local_text, shards
 from data.shards import DataError, TrainLoader, validation_batches
-from optim import OPTIMIZERS, NonFiniteError, get_optimizer, route, route_table
+from optim import OPTIMIZERS, NonFiniteError, budgets, get_optimizer, route, route_table
 from optim.parts import part
+from optim.probe import probe
 from records.log import Record, RecordError, end_on_signal
 from records.profile import profile_step
 from records.settings import SettingsError, check, option, parse
@@ -89,6 +90,8 @@ class Settings:
     final_lr: float = option(0.05, "fraction of the learning rates that the cooldown ends at", least=0, most=1)
     # what else to keep
     profile: bool = option(False, "after the last step, time the parts and kernels of a further one, into the record")
+    probe: bool = option(False, "at each validation, off the clock: condition and error of momentum, update and weight "
+                         "by operator type, into the record")
     wandb: str | None = option(None, "log to Weights & Biases in this group of runs; offline without a login")
 
     def __post_init__(self):
@@ -475,6 +478,9 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
     optimizer = make_optimizer(s, model)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
+    for budget in budgets(optimizer):  # AMO's table goes into the log, too
+        budget.say = record.line
+    probes: dict[str, dict] = {}
     requests = ((step * sequences, sequences, part, passes) for step in range(s.steps) for part in range(passes))
     batches = loader.prefetch(requests, pin=device.type == "cuda")
     clock = Clock(device)
@@ -485,6 +491,8 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
             optimizer.check_finite()
             loss = validate(model, validation, window_at(min(step, s.steps - 1), s), device, world_size)
             record.validation(step, loss, seconds, step * s.batch_tokens)
+            if s.probe:
+                probes[str(step)] = probe(optimizer, model)
             if not math.isfinite(loss):
                 raise NonFiniteError(f"step {step}: the validation loss is {loss}; lower --lr or --embedding-lr")
             clock.start()
@@ -494,7 +502,9 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
         train_step(model, optimizer, batches, passes, window_at(step, s), device)
         record.progress(step + 1, clock.running())
 
-    extra = {"optimizer": s.optimizer}
+    extra = {"optimizer": s.optimizer} | {"amo": budget.commitment for budget in budgets(optimizer)}
+    if s.probe:
+        extra["probe"] = probes
     if s.source == "local" and rank == 0:
         extra["bigram loss"] = bigram_loss(s)
     if s.profile:

@@ -1,7 +1,11 @@
-"""Fit the coefficients of a polar iteration to measured spectra.
+"""Coefficients of a polar iteration: searched for on measured spectra, or composed minimax-optimal for an interval.
 
     python -m optim.fit --steps 4                 four steps behind AOL and the bound; --frobenius: behind X / ‖X‖_F
     python -m optim.fit --steps 3 --free          without keeping to the reference's error on the test distributions
+    python -m optim.fit --steps 4 --minimax       for singular values in [l, 1], l of least error on the spectra
+    python -m optim.fit --steps 4 --minimax 3e-3  for this l
+
+All end in the same tables: errors on the spectra and on test matrices, beside those of other sets.
 
 All that coefficients can change about a matrix X (n×m, n ≤ m) is two vectors of n numbers. Normalisation leaves
 DX = U' S' V'ᵀ, the iteration makes it U' p(S') V'ᵀ, and its relative squared error against X's polar factor P is
@@ -22,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .geometry import scaled_gram
 from .polynomials import MUON, MUON_PLUS, TURBO, TURBO_MINIMAX, Coefficients, evaluate, minimax, minimax_quintic
 
 STUDY = Path("records/studies/momentum-spectra/spectra.json")
@@ -54,17 +59,17 @@ def spectrum(x: Tensor, normalize: str = "aol") -> Spectrum:
         raise ValueError(f"spectrum normalize={normalize!r}: expected one of {', '.join(REFERENCE)}")
     if x.ndim != 2 or not x.isfinite().all() or not x.any():
         raise ValueError(f"spectrum needs one finite matrix (n, m) that is not 0, got shape {tuple(x.shape)}")
-    x = (x if x.size(0) <= x.size(1) else x.mT).double()
-    x = x / x.norm()
-    gram = x @ x.mT
-    values, vectors = torch.linalg.eigh(gram)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT  # (XXᵀ)^½ = P Xᵀ
-    scale = gram.abs().sum(1).clamp(min=1e-60).rsqrt() if normalize == "aol" else torch.ones_like(values)
-    gram = scale[:, None] * gram * scale
+    gram = scaled_gram(x, normalize)
     values, vectors = torch.linalg.eigh(gram)
     sigma = values.clamp(min=1e-30).sqrt()
-    weight = ((vectors.mT @ root) * (vectors.mT * scale)).sum(1) / sigma  # u'ᵀ P (DX)ᵀ u' / σ'
-    weight = weight.clamp(-1, 1) if normalize == "aol" else torch.ones_like(weight)
+    weight = torch.ones_like(sigma)
+    if normalize == "aol":
+        plain = scaled_gram(x, "frobenius")
+        values, basis = torch.linalg.eigh(plain)
+        root = (basis * values.clamp(min=0).sqrt()) @ basis.mT  # (XXᵀ)^½ = P Xᵀ
+        norms = plain.diagonal().where(plain.diagonal() > 0, 1)
+        scale = (gram.diagonal() / norms).sqrt()  # D, as far as rows are not 0
+        weight = (((vectors.mT @ root) * (vectors.mT * scale)).sum(1) / sigma).clamp(-1, 1)  # u'ᵀ P (DX)ᵀ u' / σ'
     bound = min(1.0, (gram @ gram).norm().item() ** 0.25)
     return Spectrum(sigma.cpu().numpy(), weight.cpu().numpy(), np.ones(len(sigma)), bound)
 
@@ -81,26 +86,6 @@ def error(coefficients: Coefficients, spectrum: Spectrum) -> float:
     """‖O − P‖_F / ‖P‖_F of the exact iteration's result O, the root mean square over the matrices of a histogram."""
     p, total = evaluate(coefficients, spectrum.sigma), spectrum.count.sum()
     return float(np.sqrt(np.maximum((p * (p * spectrum.count - 2 * spectrum.weight)).sum() / total + 1, 0)))
-
-
-class Observer:
-    """Stands in for a Polar and keeps what passes through while `on`: how to take spectra from one's own run.
-
-        observer = muon.polar = Observer(muon.polar)              # muon: an optim.Muon on one process
-        observer.on = step in (20, 120); optimizer.step()         # in the training loop
-        for bank, momentum in zip(muon.banks, observer.seen): …   # bank.names[i] is momentum[i]; clear `seen` after
-    """
-
-    def __init__(self, polar):
-        self.polar, self.on, self.seen = polar, False, []
-
-    def many(self, xs: Sequence[Tensor]) -> list[Tensor]:
-        if self.on:
-            self.seen += [x.detach().clone() for x in xs]
-        return self.polar.many(xs)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.many([x])[0]
 
 
 # --- studies: what spectra.json holds --------------------------------------------------------------------------------
@@ -206,6 +191,18 @@ def fit(steps: int, momentum: Spectrum, limits: Sequence[tuple[Spectrum, float]]
     return coefficients
 
 
+def best_minimax(steps: int, momentum: Spectrum, safety: float = 1.02) -> tuple[float, Coefficients]:
+    """The minimax composition for singular values in [l, 1] with the least error on `momentum`: l, and the set rounded
+    to four decimals. l is one of 97, even in the logarithm, from 1e-6 to where hardly any error is left on [l, 1]."""
+    sets = {lower: minimax(steps, lower, safety=safety) for lower in np.geomspace(1e-6, min(0.5, 8 * 0.25**steps), 97)}
+    lower = min(sets, key=lambda lower: error(sets[lower], momentum))
+    return float(lower), _four_decimals(sets[lower])
+
+
+def _four_decimals(coefficients: Coefficients) -> Coefficients:
+    return tuple(tuple(round(float(c), 4) for c in step) for step in coefficients)
+
+
 def _thinned(spectrum: Spectrum, points: int = 256) -> Spectrum:
     """Neighbouring singular values as one point, their mean, so that no more than about `points` remain."""
     order = np.argsort(spectrum.sigma)
@@ -288,8 +285,8 @@ def _rounded(steps: np.ndarray) -> Coefficients:
             x = evaluate(((a, b, c),), x)
             a, b, c = a * carry, b * carry**3, c * carry**5
             carry = x.max() if i + 1 < len(steps) else 1.0
-            result.append(tuple(round(float(v / carry), 4) for v in (a, b, c)))
-    return tuple(result)
+            result.append((a / carry, b / carry, c / carry))
+    return _four_decimals(result)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -300,8 +297,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--spectra", type=Path, default=STUDY)
     parser.add_argument("--free", action="store_true", help="do not limit the error on the test distributions")
+    parser.add_argument("--minimax", nargs="?", const="best", metavar="L", help="compose for singular values in [L, 1] "
+                        "instead of searching (without L: the one with the least error on the spectra)")
     parser.add_argument("--frobenius", action="store_true", help="X / ‖X‖_F and the bound; Muon's five as reference")
-    parser.add_argument("--hops", type=int, default=120)
+    parser.add_argument("--hops", type=int, default=120, help="random restarts of the search")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     try:
@@ -314,11 +313,17 @@ def _report(options: argparse.Namespace) -> None:
     momentum, tests = read_study(options.spectra)
     plain = "frobenius" if options.frobenius else "aol"
     mode, reference = plain + "+bound", REFERENCE[plain]
-    limits = [] if options.free else [(modes[mode], error(reference, modes[plain])) for modes in tests.values()]
     on = histogram([modes[mode] for modes in momentum.values()])
-    fitted = fit(options.steps, on, limits, hops=options.hops, seed=options.seed)
-    print("\n".join(f"    ({a}, {b}, {c})," for a, b, c in fitted))
-    sets = {"fitted": (fitted, mode), "published": (TURBO, "aol"), "minimax": (TURBO_MINIMAX, "aol+bound"),
+    if options.minimax is None:
+        limits = [] if options.free else [(modes[mode], error(reference, modes[plain])) for modes in tests.values()]
+        found = fit(options.steps, on, limits, hops=options.hops, seed=options.seed)
+    elif options.minimax == "best":
+        lower, found = best_minimax(options.steps, on)
+        print(f"minimax({options.steps}, {lower:.3g}, safety=1.02)")
+    else:
+        found = _four_decimals(minimax(options.steps, float(options.minimax), safety=1.02))
+    print("\n".join(f"    ({a}, {b}, {c})," for a, b, c in found))
+    sets = {"this": (found, mode), "published": (TURBO, "aol"), "minimax": (TURBO_MINIMAX, "aol+bound"),
             "muon": (MUON, "frobenius"), "muon-plus": (MUON_PLUS, "frobenius")}
     groups = {f"{step} {operator}": [modes] for (step, operator), modes in momentum.items()}
     print(f"\nerror on momentum   {''.join(f'{name:>11}' for name in sets)}")

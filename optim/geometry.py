@@ -1,4 +1,4 @@
-"""How orthogonal a result is, and what the spectrum of its input was: the probes of a polar iteration.
+"""How orthogonal a result is, and what the spectrum of its input was: the measures of a polar iteration.
 
 Everything takes matrices (…, n, m) of any real dtype, n and m in either order, computes in float64 on the tensor's own
 device, and returns one float64 value (or vector, or matrix) per matrix. Nothing here is meant for a training step.
@@ -74,6 +74,27 @@ def condition(x: Tensor) -> Tensor:
     """σ_max / σ_min of every matrix: (…, n, m) -> (…) float64. Infinite above 1 / RANK, NaN for X = 0."""
     values = singular_values(x)
     return values[..., 0] / values[..., -1]
+
+
+def scaled_gram(x: Tensor, normalize: str) -> Tensor:
+    """DX(DX)ᵀ, what a polar iteration starts from: (…, n, m) -> (…, k, k) float64, k = min(n, m), entries at most 1.
+
+    normalize  "frobenius": D = 1 / ‖X‖_F;  "aol": D = diag(Σ_j |XXᵀ|_ij)^-½, almost-orthogonal scaling of the rows
+               (arXiv 2512.04632). The roots of the eigenvalues are the singular values of DX, down to 1e-8 of σ_max.
+    X = 0 gives 0, and so do its rows of zeros; NaN stays NaN.
+    """
+    if normalize not in ("frobenius", "aol"):
+        raise ValueError(f"scaled_gram normalize={normalize!r}: expected aol or frobenius")
+    x = (x.mT if x.size(-2) > x.size(-1) else x).double()
+    largest = x.abs().amax((-2, -1), keepdim=True)
+    x = x / largest.where(largest != 0, 1)  # squares of tiny entries would vanish
+    gram = x @ x.mT
+    if normalize == "aol":
+        sums = gram.abs().sum(-1, keepdim=True)
+    else:
+        sums = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].expand(*gram.shape[:-1], 1)
+    scale = sums.where(sums != 0, 1).rsqrt()
+    return scale * gram * scale.mT
 
 
 def _principal_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -172,6 +172,25 @@ def test_every_further_step_costs_more(engine, n, m):
     assert list(polars) == [3, 4, 5, 6] and costs == sorted(set(costs))
 
 
+@pytest.mark.parametrize("base, amo", [("turbo", AMO()), ("muon", AMO(average_steps=5, max_steps=7))])
+def test_on_the_momentum_of_a_run_the_budget_leaves_less_residual_than_the_same_steps_for_all(base, amo):
+    """The histograms of records/studies/momentum-spectra, the costs of the H200's kernels (Muon's: eager)."""
+    momentum, _ = fit.read_study(fit.Path(__file__).resolve().parent.parent / fit.STUDY)
+    mode, shapes = {"turbo": "aol+bound", "muon": "frobenius"}[base], {"up": (3072, 768), "down": (768, 3072)}
+    budget = Budget(amo, replace(POLARS[base], engine="fused" if base == "turbo" else "eager"), Ranks())
+    for stage in (20, 60, 120, 190):
+        sampled = {}
+        for operator in ("q", "k", "v", "o", "up", "down"):
+            spectrum = momentum[stage, operator][mode]
+            misses = [(1 - polynomials.evaluate(c, spectrum.sigma)) ** 2 for c in budget.sets.values()]
+            sampled[operator] = [1.0, *(float((miss * spectrum.count).sum() / spectrum.count.sum()) for miss in misses)]
+        made = budget.decide(sampled, {kind: [shapes.get(kind, (768, 768))] * 12 for kind in sampled}, CPU)
+        assert made["flops"] <= made["budget_flops"]
+        assert made["residual"] < 0.9 * made["uniform_residual"], stage
+        chosen = {kind: one["steps"] for kind, one in made["types"].items()}
+        assert chosen["v"] == max(chosen.values()) and chosen["up"] == min(chosen.values()), chosen
+
+
 # --- in an optimizer -------------------------------------------------------------------------------------------------
 
 
@@ -401,6 +420,33 @@ def test_padding_of_a_share_comes_back_as_zeros():
     o, same = budget.many([x, x[:2]], [["0.a.weight", "0.b.weight", "1.a.weight"], ["a", "other.a"]])
     assert (o[3] == 0).all() and torch.equal(o[[0, 2]], budget.polars[3](x[[0, 2]]))
     assert torch.equal(o[1], budget.polars[5](x[1:2])[0]) and torch.equal(same, budget.polars[3](x[:2]))
+
+
+def test_the_fused_kernels_do_the_same_with_types_of_different_steps():
+    found = []
+    for engine in ("eager", "fused"):
+        budget = Budget(AMO(**QUICK), replace(POLARS["turbo"], engine=engine), Ranks())
+        budget.commitment = {"types": {"a": {"steps": 3}, "b": {"steps": 4}}}
+        x = torch.stack([make("gaussian", 16, 24, seed) for seed in range(3)])[:, None]
+        tall = make("student-t2", 16, 40, 5).T[None, None]
+        found.append(budget.many([x, tall], [["0.a.weight", "0.b.weight", "1.a.weight"], ["0.b.weight"]]))
+    for eager, fused in zip(*found):
+        assert fused.dtype == torch.float16 and fused.shape == eager.shape
+        assert (fused.float() - eager).norm() < 0.02 * eager.norm()
+
+
+def test_compiling_runs_every_number_of_steps_on_about_a_types_share_of_each_batch():
+    class Recorder:
+        seen = []
+
+        def many(self, updates):
+            self.seen.append([tuple(update.shape) for update in updates])
+
+    budget = Budget(AMO(**QUICK), POLARS["turbo"], Ranks())
+    budget.polars = {steps: Recorder() for steps in budget.polars}
+    batches = [[f"{i}.{kind}.weight" for i in range(3) for kind in "qkvo"], ["0.up.weight", "1.up.weight"]]
+    budget._compile([torch.zeros(12, 1, 8, 8), torch.zeros(2, 1, 8, 32)], batches)
+    assert Recorder.seen == [[(3, 1, 8, 8), (2, 1, 8, 32)]] * 4
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import pytest
 import torch
 from matrices import DISTRIBUTIONS, make, polar_factor, relative_error
 
-from optim import POLARS, Muon, Polar, fit, polynomials
+from optim import POLARS, Polar, fit, polynomials
 
 STUDY = fit.Path(__file__).resolve().parent.parent / fit.STUDY
 PUBLISHED = POLARS["turbo-published"]
@@ -122,17 +122,32 @@ def test_fit_improves_on_its_starts_and_repeats_itself(study):
     assert fit.error(kept, on) >= fit.error(free, on)
 
 
-def test_an_observer_sees_what_muon_orthogonalises():
-    weights = [torch.nn.Parameter(make("gaussian", 8, 12, seed)) for seed in range(2)]
-    muon = Muon(weights, lr=0.1, polar="muon")
-    observer = muon.polar = fit.Observer(muon.polar)
-    for step in range(3):
-        for w in weights:
-            w.grad = torch.full_like(w, step + 1.0)
-        observer.on = step == 1
-        muon.step()
-    (momentum,) = observer.seen
-    assert momentum.shape[-2:] == (8, 12) and momentum.numel() == 2 * 96 and fit.spectrum(momentum.reshape(2, 8, 12)[0])
+@pytest.mark.parametrize("steps", [2, 4, 5])
+def test_the_best_minimax_set_is_the_best_of_a_finer_look(study, steps):
+    momentum, _ = study
+    on = pooled(momentum)
+    lower, coefficients = fit.best_minimax(steps, on)
+    most = min(0.5, 8 * 0.25**steps)
+    assert np.allclose(coefficients, polynomials.minimax(steps, lower, safety=1.02), atol=5e-5)
+    finer = [fit.error(polynomials.minimax(steps, l, safety=1.02), on) for l in np.geomspace(1e-6, most, 400)]
+    assert min(finer) <= fit.error(coefficients, on) < 1.002 * min(finer)
+    assert 1e-6 < lower < most, "an optimum inside of what is searched"
+
+
+def test_rows_of_zeros_leave_a_spectrum_as_it_is():
+    x = make("row-scaled", 24, 64)
+    padded = torch.cat([x[:10], torch.zeros(3, 64), x[10:]])
+    whole, more = fit.spectrum(x), fit.spectrum(padded)
+    assert len(more.sigma) == 27 and more.bound == pytest.approx(whole.bound)
+    assert np.allclose(np.sort(more.sigma)[3:], np.sort(whole.sigma), rtol=1e-9) and np.sort(more.sigma)[2] < 1e-7
+    assert np.sort(more.weight)[3:] == pytest.approx(np.sort(whole.weight), abs=1e-6)
+
+
+@pytest.mark.parametrize("value, says", [("wide", "wide"), ("1.5", "0 < lower < 1")])
+def test_a_minimax_interval_that_is_none_is_refused(value, says, capsys):
+    with pytest.raises(SystemExit):
+        fit.main(["--minimax", value, "--spectra", str(STUDY)])
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mistake, says", [
@@ -155,8 +170,15 @@ def test_limits_that_cannot_be_kept_are_an_error(study):
         fit.fit(1, pooled(momentum), [(tests["low-rank 256x1024"]["aol+bound"], 0.01)], hops=1)
 
 
-def test_the_command_line_prints_the_set_and_its_rivals(study, capsys):
-    fit.main(["--steps", "2", "--free", "--hops", "1", "--spectra", str(STUDY)])
+@pytest.mark.parametrize("how", [["--free", "--hops", "1"], ["--minimax"], ["--minimax", "0.05", "--frobenius"]])
+def test_the_command_line_prints_the_set_and_its_rivals(how, capsys):
+    fit.main(["--steps", "2", *how, "--spectra", str(STUDY)])
     printed = capsys.readouterr().out
+    steps = [json.loads(f"[{line.strip('(), ')}]") for line in printed.splitlines() if line.startswith("    (")]
+    (a, _, _), (d, _, _) = steps
+    assert f"{a * d:.1f}" in printed.splitlines()[-2]
+    if "0.05" in how:
+        assert np.allclose(steps, polynomials.minimax(2, 0.05, safety=1.02), atol=5e-5)
+    assert ("minimax(2, " in printed) == (how == ["--minimax"])
     for word in ("20 q", "190 down", "low-rank 256x1024", "published", "minimax", "muon", "slope product"):
         assert word in printed

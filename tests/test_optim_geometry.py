@@ -5,7 +5,7 @@ import pytest
 import torch
 from matrices import DISTRIBUTIONS, make
 
-from optim.geometry import (condition, directional_alignment, polar_error, polar_factor, singular_values,
+from optim.geometry import (condition, directional_alignment, polar_error, polar_factor, scaled_gram, singular_values,
                             stable_rank)
 
 SHAPES = [(32, 32), (24, 96), (96, 24), (1, 7), (7, 1), (1, 1)]
@@ -104,6 +104,34 @@ def test_stable_rank_and_condition_of_known_spectra():
     x, _ = with_spectrum(6, 9, [2.0, 1.0, 1.0, 1.0, 1.0, 0.5])
     assert np.isclose(stable_rank(x), 8.25 / 4) and np.isclose(condition(x), 4)
     assert np.isclose(stable_rank(torch.eye(5)), 5) and np.isclose(condition(torch.eye(5)), 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("normalize", ["aol", "frobenius"])
+def test_the_scaled_gram_matrix_is_its_formula(shape, normalize):
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    wide = (x if shape[0] <= shape[1] else x.mT).numpy()
+    gram = wide @ wide.transpose(0, 2, 1)
+    if normalize == "aol":
+        scale = 1 / np.sqrt(np.abs(gram).sum(-1))
+        expected = scale[..., None] * gram * scale[..., None, :]
+    else:
+        expected = gram / np.trace(gram, axis1=-2, axis2=-1)[:, None, None]
+    found = scaled_gram(x, normalize)
+    assert found.dtype == torch.float64 and np.allclose(found, expected, atol=1e-14)
+    assert np.linalg.eigvalsh(found).max() <= 1 + 1e-12, "neither lets σ exceed 1"
+    for factor in (1e-30, 1e30):
+        assert torch.allclose(scaled_gram((x * factor).float(), normalize), found, atol=1e-6)
+
+
+def test_the_scaled_gram_matrix_of_zeros_is_zero_and_nan_stays():
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(5))
+    x[1] = 0
+    for normalize in ("aol", "frobenius"):
+        found = scaled_gram(x, normalize)
+        assert (found[1] == 0).all() and (found[:, 1] == 0).all() and found[0, 0] > 0
+        assert (scaled_gram(torch.zeros(2, 3), normalize) == 0).all()
+        assert scaled_gram(torch.full((2, 3), torch.nan), normalize).isnan().all()
 
 
 @pytest.mark.gpu

@@ -149,6 +149,14 @@ def test_a_profile_goes_into_the_record_and_changes_no_loss(finished, data, tmp_
     assert losses(record) == losses(finished) and "muon: orthogonalise" in (record["folder"] / "log.txt").read_text()
 
 
+def test_probes_and_amo_go_into_the_record(finished, data, tmp_path):
+    record = train(data, tmp_path / "probe", probe=True, val_every=10)
+    assert record["extra"]["probe"].keys() == {"0", "10", "20"} and "q" in str(record["extra"]["probe"]["10"])
+    assert losses(record)[-1] == losses(finished)[-1]
+    record = train(data, tmp_path / "amo", optimizer="turbo-amo", steps=2)
+    assert record["extra"]["amo"] is None  # it ended before the commitment
+
+
 def test_source_txt_holds_the_code_that_ran(finished):
     source = unpack_source((finished["folder"] / "source.txt").read_bytes())
     for path in ("train_gpt.py", "optim/__init__.py", "optim/muon.py", "optim/polar.py", "data/shards.py",
