@@ -22,18 +22,10 @@ from records.verify import verify
 from train_cifar import PRESETS, Net, Settings, Trainer, lr_scale, whiten_lr_scale, whitening_filters
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = dict(preset="local", device="cpu", train_images=300, test_images=120, width1=8, width2=16, width3=16, epochs=3.5,
             batch_size=50)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny images gain nothing from threads, and sums have one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def arguments(records, **changes) -> list[str]:

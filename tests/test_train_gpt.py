@@ -22,6 +22,7 @@ from train_gpt import GPT, PRESETS, Settings, attention, blockwise_attention, lr
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 257  # bytes and the document token
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = dict(preset="local", source="none", device="cpu", layers=2, heads=2, width=32, value_embeddings=1,
             sequence_length=128, max_document=64, batch_tokens=1024, device_batch_tokens=1024, val_tokens=1024,
             val_every=2, steps=20, window=64, momentum_warmup=10)
@@ -49,15 +50,6 @@ def data(tmp_path_factory):
     write_shard(folder / "train_000.bin", words(600_000, seed=1))
     write_shard(folder / "val_000.bin", words(5_000, seed=2))
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from threads, and sums have one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def arguments(data, records, **changes) -> list[str]:
