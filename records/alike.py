@@ -84,9 +84,16 @@ def _hashes(arms, key, words, what):
               if len({_text(run.record.get(key)) for run in runs}) > 1]
     if not changed and not partial:
         return []
-    files = _join(changed + [f"{name} (not in all runs)" for name in partial])
-    return [f"{words}: {files}" + (f"; also between the runs of {_join(within)}, so they are not "
-                                   f"of one {'recipe' if what == 'code' else 'data set'}" if within else "")]
+    notes = []
+    if changed:
+        notes.append(f"{words}: {_join(changed)}")
+    if partial:
+        by = {name: _join(dict.fromkeys(holders[name])) for name in partial}
+        notes.append(f"{what} that not all runs loaded: " + _join([f"{name} ({labels})" for name, labels in by.items()]))
+    if within:
+        notes.append(f"runs of {_join(within)} differ in their {what}, so they are not of one "
+                     f"{'recipe' if what == 'code' else 'data set'}")
+    return notes
 
 
 def _machine(record):

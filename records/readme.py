@@ -64,10 +64,12 @@ def _code(folder, arms):
     first, *others = files
     lines = [""]
     for label in others:
-        changed = sorted(path for path in files[first].keys() | files[label].keys()
-                         if files[first].get(path) != files[label].get(path))
-        lines.append(f"Code of {label} against {first}: " + (", ".join(f"`{_text(path)}`" for path in changed)
-                                                             or "the same") + ".")
+        here, there = files[first], files[label]
+        found = {"differs in": [path for path in here if there.get(path, here[path]) != here[path]],
+                 "loads besides": there.keys() - here, "does without": here.keys() - there}
+        said = [f"{verb} " + ", ".join(f"`{_text(path)}`" for path in sorted(paths))
+                for verb, paths in found.items() if paths]
+        lines.append(f"Against the code of {first}, {label} " + ("; ".join(said) or "has the same") + ".")
     return lines
 
 

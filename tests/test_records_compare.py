@@ -201,9 +201,11 @@ def test_what_else_differs(tmp_path):
         "the runs were validated at different intervals, and the straight line between two validations is late by more "
         "the further they are apart; number of validations: A: 6, 51; B: 6",
         "A has several runs of seed 0: they may not be independent",
-        "the code differs: train.py, new.py (not in all runs)",
-        "the data differ: val.bin, val.bin (not in all runs); also between the runs of B, so they are not of one "
-        "data set",
+        "the code differs: train.py",
+        "code that not all runs loaded: new.py (B)",
+        "the data differ: val.bin",
+        "data that not all runs loaded: val.bin (B)",
+        "runs of B differ in their data, so they are not of one data set",
         "the hardware differs, so times say little: A: 1 × NVIDIA H200; B: 2 × NVIDIA H200",
         "the versions of torch differ: 2.11, 2.13"]
     assert verdict(comparison)[0].startswith("on different hardware, B is")
