@@ -5,8 +5,13 @@ which runs them slowly on a CPU. Nothing of ours is imported here but by the too
 """
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
+
+_only_compile = ContextVar("only compile", default=False)
 
 
 def why_not(device: torch.device) -> str | None:
@@ -37,3 +42,22 @@ def chained(wanted: bool) -> dict:
     if not wanted or os.environ.get("TRITON_INTERPRET") == "1":
         return dict(CHAINED=False)
     return dict(CHAINED=True, launch_pdl=True)
+
+
+@contextmanager
+def compiling():
+    """What `launch` meets in here is compiled, all of it at a time, and not launched. Many kinds of a kernel take half a
+    second each; the compiler works outside of Python's lock."""
+    import triton
+
+    token = _only_compile.set(True)
+    try:
+        with ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads):
+            yield
+    finally:
+        _only_compile.reset(token)
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
+    """kernel[grid](*arguments, **options); inside of `compiling` no more than its compilation."""
+    kernel.run(*arguments, grid=grid, warmup=_only_compile.get(), **options)

@@ -26,6 +26,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from . import compiling
 from .small_polar import SMALL, small_polar
 from .symmetric import Arena
 from .tiles import Tiles, choose
@@ -68,20 +69,28 @@ class Plan:
         self.chunks = list(zip(ends, ends[1:]))
         lanes = min(self.tiles.lanes, chunks) if device.type == "cuda" else 1
         self.streams = [torch.cuda.Stream(device) for _ in range(lanes - 1)]
-        self.graph, self.calls = None, 0
+        self.graph, self.calls, self.compiled = None, 0, False
 
     def __call__(self, xs: Sequence[Tensor], capturing: bool = False) -> list[Tensor]:
         """O of every x, in the dtype of the plan; x (batch, n, m) as planned, any strides, read only.
 
         capturing: a CUDA graph of the caller's is under capture
         """
-        for x, unit, norms in zip(xs, self.unit, self.norms):
-            unit_rows(x, unit, norms, self.tiles.chained)
+        if not self.compiled:
+            with compiling():
+                self._unit_rows(xs)
+                self._launch()
+            self.compiled = True
+        self._unit_rows(xs)
         self._iterate(capturing)
         self.factors = self.factors or self._factors()
         # a tall matrix is seen from its side, and so is its result
         return [torch.bmm(last.mT, q.mT).mT if x.stride(1) < x.stride(2) else torch.bmm(q, last)
                 for x, (q, last) in zip(xs, self.factors)]
+
+    def _unit_rows(self, xs: Sequence[Tensor]) -> None:
+        for x, unit, norms in zip(xs, self.unit, self.norms):
+            unit_rows(x, unit, norms, self.tiles.chained)
 
     def _factors(self) -> list[tuple[Tensor, Tensor]]:
         """Where the launches leave the two factors of O: Q (b, n, n) and U or X (b, n, m) for every shape."""

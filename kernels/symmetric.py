@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import chained, multiprocessors
+from . import chained, launch, multiprocessors
 from .tiles import Tiles
 
 
@@ -301,17 +301,16 @@ class Arena:
         """Slot 0: Γ -> R = diag(t) Γ diag(t)."""
         block = min(64, self.tiles.rows)
         grid = (self.batch, self.n // block, self.n // block)
-        _scale_kernel[grid](self.slot(0), self.sums, self.weights, self.scales, self.n, BLOCK=block,
-                            ROWS=self.tiles.rows, **chained(self.tiles.chained))
+        launch(_scale_kernel, grid, self.slot(0), self.sums, self.weights, self.scales, self.n, BLOCK=block,
+               ROWS=self.tiles.rows, **chained(self.tiles.chained))
 
     def bounded_polynomial(self, r: int, s: int, w: int, a: float, b: float, c: float, scaled: bool) -> None:
         """Slot w ← aI + bR/β + cS/β² with R in slot r and S, a "square", in slot s. With `scaled`, times diag(t) β^-½;
         else β goes into `self.bounds`, which mode "divided" reads, and its inverse root into `self.scales`."""
         block = min(64, self.tiles.rows)
         grid = (self.batch, self.n // block, self.n // block)
-        _bounded_kernel[grid](self.matrices, self.norms, self.bounds, self.scales, self.n, self.pieces,
-                              *map(self._place, (r, s, w)), a, b, c, BLOCK=block, SCALED=scaled,
-                              **chained(self.tiles.chained))
+        launch(_bounded_kernel, grid, self.matrices, self.norms, self.bounds, self.scales, self.n, self.pieces,
+               *map(self._place, (r, s, w)), a, b, c, BLOCK=block, SCALED=scaled, **chained(self.tiles.chained))
 
     def product(self, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], *, p: float = 1.0,
                 x: tuple[float, tuple[int, ...]] | None = None, y: tuple[float, int] | None = None, e: float = 0.0,
@@ -341,12 +340,11 @@ class Arena:
         rest = 0 if t.persistent or mode in ("gram", "square") else self._rest(tiles)
         programs = min(self.programs, tiles) if t.persistent else tiles + (4 * t.rows // t.columns - 1) * rest
         options = {} if t.registers is None else {"maxnreg": t.registers}
-        _product_kernel[(programs,)](
-            *operands, self.out, self.small_out, self.sums, self.weights, self.norms, self.bounds,
-            self.scales, tiles - rest, self.batch, halves, self.n, depth, *slots, self.end, self.pieces, *factors,
-            MODE=mode, ADDENDS=addends, ROWS=t.rows, COLUMNS=t.columns, DEPTH=t.depth, GROUP=t.group,
-            PERSISTENT=t.persistent, CUT=rest > 0, num_warps=t.warps, num_stages=t.stages, **chained(t.chained),
-            **options)
+        launch(_product_kernel, (programs,), *operands, self.out, self.small_out, self.sums, self.weights, self.norms,
+               self.bounds, self.scales, tiles - rest, self.batch, halves, self.n, depth, *slots, self.end, self.pieces,
+               *factors, MODE=mode, ADDENDS=addends, ROWS=t.rows, COLUMNS=t.columns, DEPTH=t.depth, GROUP=t.group,
+               PERSISTENT=t.persistent, CUT=rest > 0, num_warps=t.warps, num_stages=t.stages, **chained(t.chained),
+               **options)
 
     def _rest(self, tiles: int) -> int:
         """Tiles to be cut into parts, so that a last round of few does not take as long as a full one."""

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from . import chained
+from . import chained, launch
 
 
 @triton.jit
@@ -126,16 +126,15 @@ def unit_rows(x: Tensor, unit: Tensor, norms: Tensor, chain: bool = False) -> No
     if x.stride(2) <= x.stride(1) or n == 1:
         chunk = min(triton.next_power_of_2(M), 8192)
         warps = max(1, min(8, chunk // 512))
-        _rows_kernel[(batch, N)](x, unit, norms, n, m, *x.stride(), N, M, CHUNK=chunk, num_warps=warps,
-                                  **chained(chain))
+        launch(_rows_kernel, (batch, N), x, unit, norms, n, m, *x.stride(), N, M, CHUNK=chunk, num_warps=warps,
+               **chained(chain))
         return
     block = min(64, triton.next_power_of_2(N & -N))  # N is a multiple of the tile, a power of two
     parts = max(1, min(16, m // 256))
     part = -(-m // (parts * block)) * block
     parts = -(-m // part)
     largest, squares = torch.empty(2, batch, parts, N, dtype=torch.float32, device=x.device)
-    _column_statistics_kernel[(batch, N // block, parts)](x, largest, squares, n, m, *x.stride(), N, part, BLOCK=block,
-                                                          num_warps=4, **chained(chain))
-    _transpose_kernel[(batch, N // block, -(-M // block))](x, unit, norms, largest, squares, n, m, *x.stride(), N, M,
-                                                           parts, MOST_PARTS=16, BLOCK=block,
-                                                           num_warps=4, **chained(chain))
+    launch(_column_statistics_kernel, (batch, N // block, parts), x, largest, squares, n, m, *x.stride(), N, part,
+           BLOCK=block, num_warps=4, **chained(chain))
+    launch(_transpose_kernel, (batch, N // block, -(-M // block)), x, unit, norms, largest, squares, n, m, *x.stride(), N,
+           M, parts, MOST_PARTS=16, BLOCK=block, num_warps=4, **chained(chain))
