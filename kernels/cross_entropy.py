@@ -26,7 +26,6 @@ Eager twin: softcapped_cross_entropy_eager.
 """
 
 import math
-import os
 from collections.abc import Sequence
 
 import torch
@@ -36,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import why_not
-from .fp8 import E5M2, MULTIPLE, quantised, store_both
+from .fp8 import E5M2, INTERPRETED, MULTIPLE, quantised, store_both
 
 PRECISIONS = ("bfloat16", "fp8")
 ROWS = 32768  # tokens whose logits exist at a time: 3.3 GB at a vocabulary of 50304. cuBLAS is as fast with 65536
@@ -59,9 +58,19 @@ def softcapped_cross_entropy_eager(x: Tensor, weight: Tensor, targets: Tensor, w
 
 @triton.jit
 def _tanh(u, FAST: tl.constexpr):
-    if FAST:  # an error of 2⁻¹¹ at most, by PTX's manual
+    if FAST and not INTERPRETED:  # an error of 2⁻¹¹ at most, by PTX's manual
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
     return 2 / (1 + tl.exp2(u * -2.8853900817779268)) - 1
+
+
+@triton.jit
+def _float32(x):
+    """bfloat16 in float32. Not by a cast: triton 3.6 would move the change of layout that a transposed store takes from
+    the 8-bit result to before a cast, and compute all that follows it twice."""
+    if INTERPRETED:
+        return x.to(tl.float32)
+    return tl.inline_asm_elementwise("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=r,r", [x],
+                                     dtype=tl.float32, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -122,7 +131,7 @@ def _slopes_kernel(logits, targets, weights, factor, lses, straight, transposed,
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     at = rows.to(tl.int64)[:, None] * V + columns[None, :]
     inside = (rows < R)[:, None] & (columns < V)[None, :]
-    tau = _tanh(tl.load(logits + at, mask=inside, other=0.0).to(tl.float32) * slope + offset, FAST)
+    tau = _tanh(_float32(tl.load(logits + at, mask=inside, other=0.0)) * slope + offset, FAST)
     lse = tl.load(lses + rows, mask=rows < R, other=0.0)
     scale = tl.load(factor)
     sums = tl.zeros((ROWS,), dtype=tl.float32)
@@ -257,10 +266,6 @@ def _constants(cap: Sequence[float]) -> dict[str, float]:
     return dict(slope=0.5 / width, offset=0.5 * shift / width, bits=0.5 * scale / math.log(2))
 
 
-def _fast(gradients: bool) -> bool:
-    return FAST_TANH and gradients and os.environ.get("TRITON_INTERPRET") != "1"  # the interpreter knows no assembly
-
-
 def _sum_rows(logits: Tensor, targets: Tensor, weights: Tensor, losses: Tensor, lses: Tensor, cap: Sequence[float],
               tokens: int, gradients: bool, in_place: bool) -> None:
     """Writes losses and lses (rows,), and with `gradients` and `in_place` the slopes of the mean over the logits."""
@@ -268,7 +273,7 @@ def _sum_rows(logits: Tensor, targets: Tensor, weights: Tensor, losses: Tensor, 
     _rows_kernel[(logits.size(0),)](
         logits, targets, weights, losses, lses, logits.size(1), **_constants(cap), half=0.5 * cap[0],
         gain=cap[0] / (4 * cap[2]) / tokens, K=choices, LANES=triton.next_power_of_2(choices),
-        IN_PLACE=gradients and in_place, FAST=_fast(gradients), BLOCK=_BLOCK, num_warps=_WARPS)
+        IN_PLACE=gradients and in_place, FAST=FAST_TANH and gradients, BLOCK=_BLOCK, num_warps=_WARPS)
 
 
 def _slopes(logits: Tensor, targets: Tensor, weights: Tensor, factor: Tensor, lses: Tensor,
@@ -279,7 +284,7 @@ def _slopes(logits: Tensor, targets: Tensor, weights: Tensor, factor: Tensor, ls
                             for shape in ((rows, vocabulary), (vocabulary, rows)))
     grid = triton.cdiv(vocabulary, _TILE_COLUMNS), triton.cdiv(rows, _TILE_ROWS)
     _slopes_kernel[grid](logits, targets, weights, factor, lses, straight, transposed, rows, vocabulary,
-                         **_constants(cap), K=targets.size(1), FAST=_fast(True), ROWS=_TILE_ROWS,
+                         **_constants(cap), K=targets.size(1), FAST=FAST_TANH, ROWS=_TILE_ROWS,
                          COLUMNS=_TILE_COLUMNS, num_warps=8)
     return straight, transposed
 

@@ -7,6 +7,8 @@ products along different dimensions is needed both ways. The scale is found on t
 Eager twin: quantised_eager.
 """
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,7 @@ from torch import Tensor
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2  # 4 significant bits up to 448; 3 up to 57344
 MULTIPLE = 16  # of which every side must be, for cuBLAS
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # it knows no assembly
 _ROWS, _COLUMNS = 64, 128  # of a tile
 
 
@@ -32,7 +35,12 @@ def _scale(x: Tensor) -> Tensor:
 
 @triton.jit
 def store_both(values, straight, transposed, rows, columns, R, C):
-    """A tile into (R, C) `straight` and (C, R) `transposed`, in their dtype; rows and columns beyond are left out."""
+    """A float32 tile into (R, C) `straight` and (C, R) `transposed`, 8 bits each; what lies beyond is left out."""
+    if INTERPRETED:  # its own cast loses what a rounded mantissa carries into the exponent: leave it nothing to round
+        dropped: tl.constexpr = 23 - straight.dtype.element_ty.fp_mantissa_width
+        bits = values.to(tl.int32, bitcast=True)
+        bits += (1 << (dropped - 1)) - 1 + ((bits >> dropped) & 1)
+        values = ((bits >> dropped) << dropped).to(tl.float32, bitcast=True)
     values = values.to(straight.dtype.element_ty)
     at = rows.to(tl.int64)[:, None] * C + columns[None, :]
     tl.store(straight + at, values, mask=(rows < R)[:, None] & (columns < C)[None, :])
