@@ -3,9 +3,9 @@
     python -m kernels.bench_cross_entropy                          65536 tokens, vocabulary 50304, width 768
     python -m kernels.bench_cross_entropy --tokens 32768 --targets 3 --rows 16384
 
-"compiled" is the eager twin under torch.compile, which for one target is what train_gpt.py's GPT.loss computes. Times are
-of forward and backward together, and of forward alone without gradients (validation), by CUDA events, with all casts of
-weights; products and other kernels by the profiler. Errors are relative norms against float32 on the first --check
+"compiled" is the eager twin under torch.compile: for one target what train_gpt.py's GPT.loss computes. Times, by CUDA
+events, are of forward and backward together, and of forward alone without gradients (validation), with all casts of
+weights; the profiler tells products from other kernels. Errors are relative norms against float32 on the first --check
 tokens. Memory is what a call allocates beyond its arguments, at its peak.
 """
 

@@ -18,7 +18,7 @@ def test_values_transpose_and_scale(shape, size, dtype):
     assert torch.equal(q.float().T, transposed.float()) and torch.equal(scale, expected_scale)
     assert q.float().abs().max() == 448
     wrong = (q.double() * scale.double() - x.double()).abs()
-    assert (wrong <= 2.0**-4 * 1.001 * x.double().abs() + 2.0**-9 * scale).all()  # 4 significant bits, 9 after the point
+    assert (wrong <= 2.0**-4 * 1.001 * x.double().abs() + 2.0**-9 * scale).all()  # 4 significant bits
     normal = expected.float().abs() >= 2.0**-6
     assert torch.equal(q.float()[normal], expected.float()[normal])  # below, the interpreter cuts
 
