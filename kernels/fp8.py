@@ -55,7 +55,7 @@ def _cast_kernel(x, scale, straight, transposed, R, C, ROWS: tl.constexpr, COLUM
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     at = rows.to(tl.int64)[:, None] * C + columns[None, :]
     value = tl.load(x + at, mask=(rows < R)[:, None] & (columns < C)[None, :], other=0.0).to(tl.float32)
-    store_both(value * (1 / tl.load(scale)), straight, transposed, rows, columns, R, C)
+    store_both(value * tl.div_rn(1.0, tl.load(scale)), straight, transposed, rows, columns, R, C)
 
 
 def quantised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
