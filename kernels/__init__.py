@@ -1,7 +1,7 @@
 """Triton kernels. Each file: the formula, what fusing it saves, the kernels, a launcher; its eager twin is named there.
 
 They need an NVIDIA GPU of compute capability 9.0 (H100, H200) or newer, or Triton's interpreter (TRITON_INTERPRET=1),
-which runs them slowly on a CPU. Nothing of ours is imported here but by the tools bench.py and tune.py.
+which runs them slowly on a CPU. Nothing of ours is imported here but by the tools bench*.py and tune.py.
 """
 
 import os
