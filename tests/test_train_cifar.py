@@ -77,6 +77,7 @@ def trainer(data, **changes) -> Trainer:
 
 def test_a_run_leaves_a_complete_record_that_verifies(finished):
     assert finished["status"] == "complete" and finished["steps"] == 21  # 3.5 epochs of 6 steps
+    assert finished["accuracy"] == finished["extra"]["test accuracy"]
     [point] = finished["validation"]
     assert point["step"] == 21 and point["tokens"] == 21 * 50 and 0 < point["train_time_s"] == finished["train_time_s"]
     extra = finished["extra"]
