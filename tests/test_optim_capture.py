@@ -1,4 +1,4 @@
-"""A step of the optimizers as part of a CUDA graph: learning rates on the device, and what may not happen on the host."""
+"""A step of the optimizers in a CUDA graph: learning rates on the device, and what may not happen on the host."""
 
 import pytest
 import torch
