@@ -363,12 +363,14 @@ class Trainer:
             for group, rate in zip(self.groups, self.rates):
                 group["lr"] = rate  # a 0-D tensor, so that it can move under a graph
         self.work, self.grads, work = {}, {}, self.whole_step if self.graph == "step" else self.gradients
+        # Graphs may share memory: of what one leaves there, others need the gradients alone, which live on here.
+        pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         for train_bias in (True, False):
             one = partial(work, train_bias)
-            self.work[train_bias] = one if self.graph == "none" else captured(one, before=self.step.zero_)
+            self.work[train_bias] = one if self.graph == "none" else captured(one, self.step.zero_, pool)
             self.grads[train_bias] = [p.grad for p in self.params]
         self.net.eval()
-        self.evaluation = self.evaluate if self.graph == "none" else captured(self.evaluate)
+        self.evaluation = self.evaluate if self.graph == "none" else captured(self.evaluate, pool=pool)
         self.net.train()
         if self.device.type == "cuda":
             self.run(self.s.seed)

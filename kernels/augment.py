@@ -14,6 +14,8 @@ anew from the bytes, and its sums over the batch are taken.
 Eager twins: augment_eager, whiten_eager.
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -34,12 +36,18 @@ def augment_eager(images: Tensor, table: Tensor, cut: int, dtype: torch.dtype) -
     place = torch.arange(SIZE, device=images.device)
     y, x = place[None, :, None], place[None, None, :]
     source_y, source_x = (_reflected(p) for p in (y + down, torch.where(flip > 0, SIZE - 1 - x, x) + right))
-    mean, std = (torch.tensor(v, device=images.device) * 255 for v in (MEAN, STD))
+    mean, std = _statistics(images.device)
     pixels = (images[image, source_y, source_x].float() - mean) * (1 / std)
     if cut:
         inside = (y >= row) & (y < row + cut) & (x >= column) & (x < column + cut)
         pixels = pixels * ~inside[..., None]
     return pixels.to(dtype).permute(0, 3, 1, 2)
+
+
+@lru_cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """MEAN and STD in bytes, copied to `device` once: a CUDA graph cannot hold that copy."""
+    return tuple(torch.tensor(v, device=device) * 255 for v in (MEAN, STD))
 
 
 def _reflected(place: Tensor) -> Tensor:

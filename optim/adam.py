@@ -21,7 +21,11 @@ class Adam(ShardedOptimizer):
 
     Gradients are averaged over `process_group` (None: the default group if torch.distributed runs, else this process
     alone). `p.grad` is read, never written; parameters without gradient are skipped (on every rank alike). A NaN or
-    infinite gradient raises NonFiniteError within a step or so. state_dict() holds this rank's slices.
+    infinite gradient raises NonFiniteError within a step or so. state_dict() holds this rank's slices. lr may be a 0-D
+    tensor on the parameters' device, which can move under a CUDA graph (see `step`).
+
+    float16 parameters get float32 moments and a float32 update, then rounded: squares of gradients leave its range, and
+    where one becomes 0 the update is divided by ε alone.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, process_group=None):
@@ -33,6 +37,14 @@ class Adam(ShardedOptimizer):
                                  f"{group['lr']}, {group['eps']}, {group['weight_decay']}, {group['betas']}")
             for name, p in zip(parameter_names(group), group["params"]):
                 reject_unsupported(p, name, "Adam")
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        for ours, theirs in zip(self.param_groups, state_dict["param_groups"]):
+            for p, number in zip(ours["params"], theirs["params"]):
+                if p.dtype == torch.float16:  # which torch has cast the moments to
+                    for key, value in state_dict["state"].get(number, {}).items():
+                        self.state[p][key] = value.to(p.device, torch.float32, copy=True)
 
     def _update(self) -> None:
         with part("adam"):
@@ -67,16 +79,22 @@ class Adam(ShardedOptimizer):
             state = self.state[p]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state["exp_avg"] = torch.zeros_like(own)
-                state["exp_avg_sq"] = torch.zeros_like(own)
+                dtype = torch.float32 if p.dtype == torch.float16 else p.dtype
+                state["exp_avg"] = torch.zeros_like(own, dtype=dtype)
+                state["exp_avg_sq"] = torch.zeros_like(own, dtype=dtype)
             for column, value in zip((params, grads, means, squares, steps),
                                      (own, grad, state["exp_avg"], state["exp_avg_sq"], state["step"])):
                 column.append(value)
         if not params:
             return []
         self.finite.push(self.steps, [name for name, _, _ in work], grads, grads[0].device)
-        beta1, beta2 = group["betas"]
-        adamw(params, grads, means, squares, [], steps, fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
-              lr=float(group["lr"]), weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        exact, grads = ([t.float() if t.dtype == torch.float16 else t for t in tensors] for tensors in (params, grads))
+        adamw(exact, grads, means, squares, [], steps, fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
+              lr=lr if isinstance(lr, Tensor) else float(lr), weight_decay=group["weight_decay"], eps=group["eps"],
+              maximize=False)
+        for p, updated in zip(params, exact):
+            if updated is not p:
+                p.copy_(updated)
         return [self.ranks.all_gather(own, output=p.view(-1))
                 for own, (_, p, _) in zip(params, work) if self._is_sharded(p)]

@@ -5,6 +5,8 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from kernels.graph import capturing
+
 from .collectives import Ranks
 
 
@@ -16,7 +18,8 @@ class FiniteCheck:
     """Queue gradients with `push`; `poll` raises NonFiniteError once their verdict has reached the host.
 
     The optimizers poll for what is two steps old: by then a GPU has answered, so nothing waits, and all ranks raise at
-    the same step. The cost is one read of the gradients.
+    the same step. The cost is one read of the gradients. Steps that a CUDA graph replays are not watched, as no host
+    takes part in them: a loss that is not finite tells of them.
     """
 
     def __init__(self, ranks: Ranks):
@@ -25,6 +28,8 @@ class FiniteCheck:
 
     def push(self, step: int, names: list[str], grads: list[Tensor], device: torch.device, first: int = 0):
         """grads: this rank's, belonging to names[first : first + len(grads)]; every rank pushes the same names."""
+        if capturing():
+            return
         bad = torch.zeros(len(names), device=device)
         if grads:
             largest = torch.stack(torch._foreach_norm(grads, ord=float("inf")))

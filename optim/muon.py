@@ -8,6 +8,7 @@ Keller Jordan, https://kellerjordan.github.io/posts/muon/; the sharding follows 
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -51,7 +52,8 @@ class Muon(ShardedOptimizer):
     `p.grad` is read, never written; parameters without gradient are skipped (on every rank alike). A NaN or infinite
     gradient raises NonFiniteError within a step or so; `check_finite()` waits for the last one. state_dict() holds this
     rank's share of momentum and moments; loading one with other parts than this optimizer's raises ValueError.
-    All options but polar, budget and engine can be set by parameter group.
+    All options but polar, budget and engine can be set by parameter group. lr may be a 0-D tensor on the parameters'
+    device, which nothing waits for: so it can move under a CUDA graph (see `step`), where all other options are fixed.
     """
 
     def __init__(
@@ -83,6 +85,10 @@ class Muon(ShardedOptimizer):
         self.engine = self.polar.engine
         super().__init__(params, defaults, process_group)
         self.budget = budget and Budget(budget, self.polar, self.ranks)
+
+    @property
+    def capturable(self) -> bool:
+        return super().capturable and self.budget is None  # which counts steps on the host and decides there
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
@@ -178,8 +184,8 @@ class Muon(ShardedOptimizer):
             if p.grad is not None:
                 if p.grad.is_sparse:
                     raise ValueError("Muon: sparse gradients are not supported; give this parameter to Adam")
-                slots.append(slot)
-                grads.append(p.grad.reshape(bank.shape))
+                slots.append(slot.view(p.shape))
+                grads.append(p.grad)  # in any layout
         torch._foreach_copy_(slots, grads)
         return self.ranks.reduce_scatter(stacked)
 
@@ -208,10 +214,10 @@ class Muon(ShardedOptimizer):
     def _asleep_kept(self, bank: "Bank", tensors: list[Tensor]):
         """Parameters without gradient have, after the block, what they had in `tensors` (share, …) before it."""
         asleep = [slot for slot, i in enumerate(self._own(bank, tensors[0])) if bank.params[i].grad is None]
-        kept = [tensor[asleep].clone() for tensor in tensors] if asleep else []
+        kept = [(tensor[slot], tensor[slot].clone()) for tensor in tensors for slot in asleep]
         yield
-        for tensor, before in zip(tensors, kept):
-            tensor[asleep] = before
+        for place, before in kept:
+            place.copy_(before)
 
     def _state(self, bank: "Bank", grads: Tensor) -> dict[str, Tensor]:
         """This rank's momentum and moments by name, each (share, …); state[p][name] are views of them.
@@ -240,9 +246,11 @@ class Muon(ShardedOptimizer):
         return bank.state
 
     def _apply(self, bank: "Bank", updates: Tensor) -> None:
-        group = bank.group
-        lr, decay = float(group["lr"]), group["weight_decay"]
-        updates = updates.to(bank.params[0].dtype)
+        group, first = bank.group, bank.params[0]
+        lr, decay = group["lr"], group["weight_decay"]
+        if not isinstance(lr, Tensor) or lr.device != first.device:
+            lr = float(lr)
+        updates = updates.to(first.dtype)
         awake = [(p, u.reshape(p.shape)) for p, u in zip(bank.params, updates) if p.grad is not None]
         params, updates = zip(*awake)
         if group["cautious"] and decay:
@@ -251,10 +259,18 @@ class Muon(ShardedOptimizer):
             torch._foreach_add_(agree, 1)
             torch._foreach_clamp_max_(agree, 1)  # 1 where the product is at least 0, else 0
             torch._foreach_mul_(agree, params)
-            torch._foreach_add_(params, agree, alpha=-lr * decay)
-        else:
+            _add_scaled(params, agree, lr * -decay)
+        elif decay:
             torch._foreach_mul_(params, 1 - lr * decay)
-        torch._foreach_add_(params, updates, alpha=-lr * ADJUST_LR[group["adjust_lr_fn"]](*bank.shape[1:]))
+        _add_scaled(params, updates, lr * -ADJUST_LR[group["adjust_lr_fn"]](*bank.shape[1:]))
+
+
+def _add_scaled(params: Sequence[Tensor], others: Sequence[Tensor], factor: float | Tensor) -> None:
+    """params += factor · others; a factor on the device stays there."""
+    if isinstance(factor, Tensor):
+        torch._foreach_add_(params, torch._foreach_mul(others, factor.to(params[0].dtype)))
+    else:
+        torch._foreach_add_(params, others, alpha=factor)
 
 
 @dataclass

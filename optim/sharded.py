@@ -3,6 +3,8 @@
 import torch
 from torch.optim import Optimizer
 
+from kernels.graph import capturing
+
 from .collectives import Ranks
 from .finite import FiniteCheck
 
@@ -18,15 +20,29 @@ class ShardedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of every parameter that has a gradient; returns closure()'s loss if one is given."""
+        """One update of every parameter that has a gradient; returns closure()'s loss if one is given.
+
+        A CUDA graph can hold it where `capturable` says so, after a first step that makes the state. A learning rate
+        that is to move under the graph is a 0-D tensor on the device, which is written between replays.
+        """
+        if capturing() and not (self.capturable and self.steps):
+            raise RuntimeError(f"{type(self).__name__}: this step cannot be captured in a CUDA graph: " + (
+                "take one before, which makes the state" if self.capturable else
+                "several ranks, or a budget (AMO), have a part on the host; capture the gradients alone"))
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.finite.poll(before=self.steps)
+        if not capturing():
+            self.finite.poll(before=self.steps)
         self.steps += 1
         self._update()
         return loss
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold a step."""
+        return self.ranks.size == 1
 
     def _update(self) -> None:
         raise NotImplementedError

@@ -5,6 +5,10 @@
     python -m records ab --grid optimizer=muon,turbo-muon lr=0.03,0.05 --runs 4 -- --preset local
     python -m records ab --resume records/wiki-3.324/2026-11-22_190535_muon-vs-turbo-muon
 
+A script that makes many runs in a process (--runs, as train_cifar.py) starts once for every block of them, and arms
+take turns block by block; every run still has a seed and a record of its own:
+    python -m records ab --a "train_cifar.py --optimizer muon" --b "train_cifar.py" --runs 50 --block 10
+
 What follows -- are options of every arm. Without any options: muon against turbo-muon on the local text, three short
 runs each, two to three minutes on two CPU cores. The folder of the experiment holds the ledger (records.schedule), the
 record of every run and, in the end, report.md, report.json and loss.png/.svg.
@@ -46,6 +50,8 @@ def add_arguments(parser):
     add = parser.add_argument
     add("--same", action="store_true", help="allow arms that are the same (an A/A experiment)")
     add("--runs", type=int, metavar="N", help=f"of each arm, declared before the first one starts ({RUNS})")
+    add("--block", type=int, metavar="N", help="runs that one process makes, one after the other, of a script with "
+        "--runs (1); what a process chooses once, such as cuDNN's algorithms, its runs share")
     add("--until-sure", action="store_true", help="stop as soon as an anytime-valid sequential test is sure that the "
         "final metric differs; --alpha holds however often it looks")
     add("--most", type=int, metavar="N", help=f"runs of each arm at which --until-sure gives up ({MOST})")
@@ -78,12 +84,12 @@ def main(options):
             described = arms_module.describe(arms, stop)
             if described is None:
                 return 128 + stop.number
-            ledger = _declare(options, repository, arms, described, runs, slots)
+            ledger = _declare(options, repository, arms, described, runs, slots, _block(options, arms, described))
             with _locked(ledger.folder):
                 return _carry_out(ledger, arms, options, repository, stop)
 
 
-def _declare(options, repository, arms, described, runs, slots):
+def _declare(options, repository, arms, described, runs, slots, block):
     """Write the ledger of a new experiment: everything that will be run, before the first run.  Returns Ledger."""
     track, target = (_agreed(arms, described, key) for key in ("track", "target"))
     if track is None:
@@ -107,8 +113,8 @@ def _declare(options, repository, arms, described, runs, slots):
                      "runs": runs,
                      "sequential": {"alpha": options.alpha, "sure_after": None} if options.until_sure else None},
         "arms": [arm.as_json(Scrubber(arm.folder)) for arm in arms],
-        "slots": slots, "first_seed": options.first_seed,
-        "schedule": schedule([arm.label for arm in arms], runs, len(slots), options.first_seed), "runs": [],
+        "slots": slots, "first_seed": options.first_seed, "block": block,
+        "schedule": schedule([arm.label for arm in arms], runs, len(slots), options.first_seed, block), "runs": [],
     }
     folder = _new_folder(options.records / track, f"{started:%Y-%m-%d_%H%M%S}_{name}")
     for arm in arms:
@@ -119,6 +125,7 @@ def _declare(options, repository, arms, described, runs, slots):
     ledger = Ledger(folder, content)
     ledger.save()
     print(f"{runs} run{'s' * (runs > 1)} of each of {len(arms)} arms"
+          + (f", {block} in a process" if block > 1 else "")
           + (", fewer if the test is sure before" if options.until_sure else "") + f": {folder}")
     for arm in arms:
         print(f"  {arm.label}: {shlex.join(arm.command)}" + (f" at {arm.commit[:12]}" if arm.in_worktree else "")
@@ -129,7 +136,7 @@ def _declare(options, repository, arms, described, runs, slots):
 def _resume(options, repository, stop):
     """Go on where an experiment stopped or was killed."""
     given = arms_module.given(options) + [f"--{key.replace('_', '-')}" for key in (
-        "runs", "most", "until_sure", "name", "same", "all_gpus") if getattr(options, key)]
+        "runs", "block", "most", "until_sure", "name", "same", "all_gpus") if getattr(options, key)]
     if given or options.common:
         raise RecordError(f"--resume takes the arms and runs from the ledger: leave out {' '.join(given) or '-- ...'}")
     ledger = Ledger.read(options.resume)
@@ -225,6 +232,18 @@ def _count(options):
         raise RecordError(f"--runs {count} --first-seed {options.first_seed} --alpha {options.alpha}: expected at "
                           "least 1 run, a seed of at least 0, and a chance between 0 and 1")
     return count
+
+
+def _block(options, arms, described):
+    """Runs that one process makes."""
+    block = 1 if options.block is None else options.block
+    if block < 1:
+        raise RecordError(f"--block {block}: expected at least 1 run")
+    for arm, settings in zip(arms, described):
+        if block > 1 and "runs" not in settings:
+            raise RecordError(f"--block {block}: {arm.command[0]} --help has no --runs, so it makes one run in a "
+                              "process; leave --block out")
+    return block
 
 
 def gpu_count():

@@ -2,7 +2,7 @@
 hardware. Whoever reads "B is better" needs to know what else B had."""
 import json
 
-OWN = ("name", "seed", "records")       # settings that every run has for itself
+OWN = ("name", "seed", "records", "runs")       # settings that every run, or every process, has for itself
 SHOWN = 6                               # names in one note, at most
 
 

@@ -14,7 +14,10 @@ from records.log import NAME
 from records.source import sha256
 
 LETTERS = "abcdef"
-OURS = ("seed", "records", "name")      # settings that `ab` gives to every run
+# settings that `ab` gives to every run, and how it is told
+OURS = {"seed": "choose seeds with --first-seed", "records": "ab has --records for the experiment itself",
+        "name": "ab has --name for the experiment itself",
+        "runs": "ab has --runs for each arm, and --block for those of one process"}
 DEFAULT = ("train_gpt.py --preset local --optimizer muon", "train_gpt.py --preset local --optimizer turbo-muon")
 DEFAULT_COMMON = ["--steps", "60", "--val-every", "20", "--val-tokens", "16384"]
 
@@ -150,8 +153,8 @@ def _words(command, option, common):
     words = [words[0], *common, *words[1:]]
     for key in OURS:
         if key in settings_of(words):
-            hint = "choose seeds with --first-seed" if key == "seed" else f"ab has --{key} for the experiment itself"
-            raise RecordError(f"{option}: ab gives every run its own --{key}; leave it out of the command ({hint})")
+            raise RecordError(f"{option}: ab gives every run its own --{key}; leave it out of the command "
+                              f"({OURS[key]})")
     return words
 
 

@@ -10,7 +10,7 @@ from records.log import NAME
 from records.source import path_problem, sha256, unpack_source
 from records.tracks import DIRECTIONS, get_track
 
-OF_A_RUN = ("seed", "name", "records", "wandb")     # settings in which runs of one arm may differ
+OF_A_RUN = ("seed", "name", "records", "runs", "wandb")     # settings in which runs of one arm may differ
 MOST_ARMS, MOST_RUNS = 200, 20_000
 STATUSES = ("complete", "failed", "interrupted", "running")
 SHAPE = {"schema": int, "track": str, "name": str, "started": str, "status": str, "question": dict, "arms": list,

@@ -158,6 +158,11 @@ def compare_experiment(experiment, *, target=None, effect=None, alpha=None):
                               "number")
     comparison = compare(experiment.arms, target=target, effect=effect, alpha=alpha, sequential=bool(rule),
                          unrecorded=experiment.unrecorded)
+    block = experiment.ledger.get("block", 1)
+    if isinstance(block, int) and block > 1:
+        note = (f"{block} runs of an arm at a time shared a process and with it what that chose once (cuDNN's "
+                "algorithms), so their times are not independent: intervals of times are too narrow")
+        comparison = dataclasses.replace(comparison, notes=[*comparison.notes, note])
     declared = question.get("runs")
     if not rule and isinstance(declared, int) and min(arm.n for arm in comparison.arms) < declared:
         counts = ", ".join(f"{arm.label} {arm.n}" for arm in comparison.arms)

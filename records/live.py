@@ -29,7 +29,7 @@ class Display:
     def update(self, running):
         """Redraw the table where there is a terminal; call it as often as you like.
 
-        running: list of (entry of the ledger, seconds since it started).
+        running: list of (entries of the ledger that a process makes, seconds since it started).
         """
         if not self._terminal or time.monotonic() - self._drawn < REDRAW_SECONDS:
             return
@@ -68,19 +68,27 @@ class Display:
             self._read[entry["folder"]] = read_run(self._ledger.folder / entry["folder"])
         return self._read[entry["folder"]]
 
-    def _progress(self, entry, seconds):
-        step = "starting"
-        for log in self._ledger.place(entry).glob("*/*/log.txt"):
+    def _progress(self, entries, seconds):
+        step, place = "starting", self._ledger.place(entries[0])
+        for log in place.glob("*/*/log.txt"):
             with open(log, "rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 1000))
                 found = STEP.findall(file.read())
             step = found[-1].decode(errors="replace") if found else step
-        return f"> {entry['arm']} seed {entry['seed']}, {seconds:.0f} s: {step}"
+        done = len(list(place.glob("*/*/runs/*/record.json")))      # of a process that makes several
+        step = f"{done} of {len(entries)} runs" if done else step
+        return f"> {entries[0]['arm']} {seeds(entries)}, {seconds:.0f} s: {step}"
 
     def _clear(self):
         if self._height:
             self._stream.write(f"\033[{self._height}F\033[J")
             self._height = 0
+
+
+def seeds(entries):
+    """"seed 3", or "seeds 0 to 9" of several runs of an arm that follow each other."""
+    first, last = entries[0]["seed"], entries[-1]["seed"]
+    return f"seed {first}" if first == last else f"seeds {first} to {last}"
 
 
 def mean_sd(values, form, unit=""):

@@ -42,6 +42,8 @@ def _question(ledger):
                 f"{question['runs']} of each arm at most; it was sure {end}")
     counts = ((failed, "failed"), (interrupted, "interrupted and run again"))
     more = [f"{count} {word}" for count, word in counts if count]
-    return (f"Experiment of {ledger['started'][:10]}: {plan}. Runs were interleaved (A B B A), every one a process of "
-            f"its own, seeds from {ledger['first_seed']} on, each once in every arm"
+    block = ledger.get("block", 1)
+    processes = "every one a process of its own" if block == 1 else f"{block} of an arm at a time in one process"
+    return (f"Experiment of {ledger['started'][:10]}: {plan}. Runs were interleaved (A B B A), {processes}, "
+            f"seeds from {ledger['first_seed']} on, each once in every arm"
             + (f"; {', '.join(more)}" if more else "") + ".")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from records import arms as arms_module
 from records import processes
-from records.live import Display
+from records.live import Display, seeds
 from records.source import sha256
 from records.stats import sequential
 
@@ -31,7 +31,7 @@ class Runner:
         self._began = time.monotonic()
         settled = ledger.settled(retry_failed)
         self._todo = [run for run in ledger.schedule if run["index"] not in settled]
-        self._active = {}       # slot -> (process, entry, when it started)
+        self._active = {}       # slot -> (process, entries of its runs, when it started)
         self._reason = None
 
     def run(self):
@@ -52,17 +52,17 @@ class Runner:
                     if not self._todo and self._reason is None and not self._is_complete():
                         self._reason = FAILURE
                     return self._reason
-                self.display.update([(entry, time.monotonic() - started)
-                                     for _, entry, started in self._active.values()])
+                self.display.update([(entries, time.monotonic() - started)
+                                     for _, entries, started in self._active.values()])
                 time.sleep(POLL_SECONDS)
         finally:
             self.display.close()
             active, self._active = list(self._active.values()), {}
             if active:
                 processes.end([process for process, _, _ in active])
-                for _, entry, started in active:
-                    self.ledger.end(entry, repository=self.repository, wall_s=time.monotonic() - started,
-                                    status="interrupted", message=self.stop.name or "the experiment ended early")
+                for _, entries, started in active:
+                    self._end(entries, time.monotonic() - started, "interrupted",
+                              self.stop.name or "the experiment ended early")
 
     def _is_complete(self):
         rule = self.ledger.content["question"]["sequential"]
@@ -70,38 +70,56 @@ class Runner:
             or self.ledger.settled() >= {run["index"] for run in self.ledger.schedule}
 
     def _start_next(self, slot):
-        planned = next((run for run in self._todo if run["slot"] == slot), None)
-        if planned is None:
+        planned = self._next_runs(slot)
+        if not planned:
             return
         if self.time_limit is not None:
-            usual, gone = self.ledger.median_wall_s() or 0.0, time.monotonic() - self._began
+            usual, gone = (self.ledger.median_wall_s() or 0.0) * len(planned), time.monotonic() - self._began
             if gone + usual > self.time_limit:
                 self._reason = TIME
-                self.display.line(f"no further run: one takes some {usual:.0f} s, and {gone:.0f} s of "
+                what = "one takes" if len(planned) == 1 else f"the next {len(planned)} take"
+                self.display.line(f"no further run: {what} some {usual:.0f} s, and {gone:.0f} s of "
                                   f"--time-limit {self.time_limit:g} are gone")
                 return
-        arm = self.arms[planned["arm"]]
+        arm = self.arms[planned[0]["arm"]]
         changed = self.ledger.changed_source(arm.label, lambda path: _hash(arm.folder / path))
         if changed:
             self._reason = SOURCE
             self.display.line(f"no further run: files of arm {arm.label} are not what earlier runs had: "
                               f"{', '.join(changed)}; put them back, or begin a new experiment")
             return
-        self._todo.remove(planned)
+        before = len(self.ledger.schedule) - len(self._todo) + 1
+        self._todo = [run for run in self._todo if run not in planned]
         arms_module.refresh_links(arm, self.repository)
-        entry, place = self.ledger.begin(planned)
-        process = processes.start(self._command(arm, entry, place), cwd=arm.folder, output=place / "output.txt",
+        entries, place = [], None
+        for run in planned:
+            entry, own = self.ledger.begin(run)
+            entries.append(entry)
+            place = place or own        # the process leaves all its runs in the first one's
+        process = processes.start(self._command(arm, entries, place), cwd=arm.folder, output=place / "output.txt",
                                   environment=self._environment(slot))
-        self._active[slot] = (process, entry, time.monotonic())
-        where = self.ledger.content["slots"][slot]["gpu"]
-        self.display.line(f"run {len(self.ledger.schedule) - len(self._todo)} of {len(self.ledger.schedule)}: "
-                          f"{arm.label} seed {entry['seed']}" + (f" on GPU {where}" if where is not None else ""))
+        self._active[slot] = (process, entries, time.monotonic())
+        where, last = self.ledger.content["slots"][slot]["gpu"], before + len(entries) - 1
+        self.display.line(("run " if last == before else f"runs {before} to ") + f"{last} of "
+                          f"{len(self.ledger.schedule)}: {arm.label} {seeds(entries)}"
+                          + (f" on GPU {where}" if where is not None else ""))
 
-    def _command(self, arm, entry, place):
+    def _next_runs(self, slot):
+        """What the next process on `slot` makes: the runs of a block that are still to do and have seeds that follow
+        each other. List of dict of the schedule, empty where none is left."""
+        def block(run):
+            return run["arm"], (run["seed"] - self.ledger.content["first_seed"]) // self.ledger.block
+        first = next((run for run in self._todo if run["slot"] == slot), None)
+        together = [run for run in self._todo if first is not None and block(run) == block(first)]
+        return [run for number, run in enumerate(together) if run["seed"] == first["seed"] + number]
+
+    def _command(self, arm, entries, place):
+        entry = entries[0]
+        many = ["--runs", str(len(entries))] if self.ledger.block > 1 else []
         count = self.ledger.content["slots"][entry["slot"]]["processes"]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
         return [sys.executable, *launcher, *arm.command, "--records", str(place.absolute()),
-                "--name", Path(entry["folder"]).name, "--seed", str(entry["seed"])]
+                "--name", Path(entry["folder"]).name, "--seed", str(entry["seed"]), *many]
 
     def _environment(self, slot):
         """Its GPU, and a compile cache of its own: warm from run to run, and shared by no two at a time."""
@@ -114,29 +132,46 @@ class Runner:
         return environment | {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
                               "TRITON_CACHE_DIR": str(cache / "triton")}
 
+    def _end(self, entries, wall, status, message):
+        """Enter what a process left of its runs. One that it did not come to, after another went wrong, counts as
+        interrupted: it will be run."""
+        self.ledger.hand_out(self.ledger.place(entries[0]), entries, self.repository)
+        whole = True
+        for entry in entries:
+            self.ledger.end(entry, repository=self.repository, wall_s=wall / len(entries),
+                            status=status if whole else "interrupted", message=message)
+            whole = whole and entry["status"] == "complete"
+
     def _finished(self, slot):
-        process, entry, started = self._active.pop(slot)
+        process, entries, started = self._active.pop(slot)
         wall = time.monotonic() - started
-        output = _tail(self.ledger.place(entry) / "output.txt", Path(self.arms[entry["arm"]].command[0]).name)
-        self.ledger.end(entry, repository=self.repository, wall_s=wall,
-                        status="interrupted" if self.stop.number is not None else None,
-                        message=self.stop.name or f"exit status {process.returncode}")
-        name = f"{entry['arm']} seed {entry['seed']}"
-        if entry["status"] == "complete":
+        output = _tail(self.ledger.place(entries[0]) / "output.txt",
+                       Path(self.arms[entries[0]["arm"]].command[0]).name)
+        self._end(entries, wall, "interrupted" if self.stop.number is not None else None,
+                  self.stop.name or f"exit status {process.returncode}")
+        for number, entry in enumerate(entries):
+            if entry["status"] != "complete":
+                self._broke_off(entry, entries[number + 1 :], output)
+                return
             run = self.display.run(entry)
             value = "" if run.final is None else f"{run.metric} {run.final:.5f}, "
             speed = "" if run.step_ms is None else f", {run.step_ms:.2f} ms a step"
-            self.display.line(f"  {name}: {value}trained {run.train_time_s:.3f} s{speed} "
-                              f"({wall:.0f} s in all{self._left()})")
-            self._check_sure()
-            return
-        self.display.line(f"  {name} {entry['status']}: {entry['message']}; see "
+            self.display.line(f"  {entry['arm']} {seeds([entry])}: {value}trained {run.train_time_s:.3f} s{speed} "
+                              f"({wall / len(entries):.0f} s in all{self._left()})")
+        self._check_sure()
+
+    def _broke_off(self, entry, rest, output):
+        """`entry` did not complete, so its process did not come to the runs in `rest`."""
+        self.display.line(f"  {entry['arm']} {seeds([entry])} {entry['status']}: {entry['message']}; see "
                           f"{self.ledger.folder / entry['folder']}")
         if entry["status"] == "failed" or self.stop.number is None:     # or ended by somebody else
             for line in output:
                 self.display.line(f"    {line}")
             if not self.keep_going:
                 self._reason = self._reason or FAILURE
+        if self.keep_going:
+            again = {one["index"] for one in rest if one["status"] == "interrupted"}
+            self._todo = [run for run in self.ledger.schedule if run in self._todo or run["index"] in again]
 
     def _left(self):
         usual = self.ledger.median_wall_s()

@@ -22,20 +22,23 @@ LEDGER = "experiment.json"
 OUTPUT_KEPT = 100_000       # bytes of the output of a run that left no record
 
 
-def schedule(labels, runs, slots, first_seed):
+def schedule(labels, runs, slots, first_seed, block=1):
     """Every run of an experiment, in the order of their starts.
 
     labels: of the arms (list of str).  runs: of each arm (int).  slots: how many run at a time (int).
     first_seed: int; seed first_seed + i is used once in each arm, on the same slot, one after the other. A slot goes
     through the arms forwards, then backwards (A B B A …), so that a drift in time hits all arms alike; odd slots begin
     backwards, so that arms share a moment.
+    block: runs of an arm that follow each other there, instead of one, for a process to make them all; the last one of
+    an arm may be smaller.
     Returns list of {"index", "arm", "seed", "slot"}.
     """
     planned = []
-    for number in range(runs):
+    for number in range(-(-runs // block)):
         slot = number % slots
         order = labels if (number // slots + slot) % 2 == 0 else labels[::-1]
-        planned += [{"arm": label, "seed": first_seed + number, "slot": slot} for label in order]
+        seeds = range(number * block, min(runs, (number + 1) * block))
+        planned += [{"arm": label, "seed": first_seed + seed, "slot": slot} for label in order for seed in seeds]
     return [{"index": index, **run} for index, run in enumerate(planned)]
 
 
@@ -70,6 +73,11 @@ class Ledger:
     def runs(self):
         return self.content["runs"]
 
+    @property
+    def block(self):
+        """Runs that one process makes, at most."""
+        return self.content.get("block", 1)
+
     def arm(self, label):
         return next(arm for arm in self.content["arms"] if arm["label"] == label)
 
@@ -103,6 +111,24 @@ class Ledger:
     def place(self, entry):
         """The folder that a run writes into while it runs."""
         return self.folder / "running" / Path(entry["folder"]).name
+
+    def hand_out(self, place, entries, repository):
+        """What a process that made several runs left in `place` (Path), a series (records.series), to the places of
+        its runs: of those `entries` of the ledger that have their seeds."""
+        for file in sorted(place.glob(f"*/*/{LEDGER}")):
+            series = Ledger.read(file.parent)
+            series.adopt(repository)
+            for made in series.runs:
+                entry = next((entry for entry in entries if entry["seed"] == made["seed"]), None)
+                record, packed = series.folder / made["folder"], made["source_sha256"]
+                if entry is None or not (record / "record.json").is_file():
+                    continue
+                target = self.place(entry) / "made" / record.name
+                with writing(target):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(record, target)
+                    if packed is not None:
+                        shutil.copyfile(series.folder / "sources" / f"{packed[:16]}.txt", target / "source.txt")
 
     def end(self, entry, *, repository, wall_s=None, status=None, message=None):
         """Move what a run left from running/ to runs/, its source to sources/, and enter what came out.
@@ -196,5 +222,8 @@ class Ledger:
                 and (self.place(run).exists() or not (self.folder / run["folder"] / "output.txt").exists())]
         for entry in left:
             processes.end_those_with(str(self.place(entry)))
+        for entry in left:
+            self.hand_out(self.place(entry), [other for other in left if other["arm"] == entry["arm"]], repository)
+        for entry in left:
             self.end(entry, repository=repository, status="interrupted", message="the experiment was killed")
         return len(left)

@@ -29,7 +29,7 @@ from records.tracks import get_track
 from records.verify import inspect
 
 COMPRESSED_FROM = 10**6     # bytes of a log from which on it is kept as log.txt.gz
-OF_A_RUN = ("--seed", "--name", "--records", "--wandb")
+OF_A_RUN = ("--seed", "--name", "--records", "--runs", "--wandb")
 
 
 def submit(paths, *, name, what, claim="experiment", arm=None, root="records"):

@@ -394,7 +394,7 @@ def test_the_table_rewrites_itself_on_a_terminal(repository, tmp_path, monkeypat
     place = ledger.place(entry) / "race" / "2026_b-1"
     place.mkdir(parents=True)
     (place / "log.txt").write_text("facts\nstep:0/4 val_loss:5.0 train_time:0ms\nstep:3/4 train_time:1500ms\nstep:4/")
-    display.update([(entry, 12.3)])
+    display.update([([entry], 12.3)])
     assert "> b seed 0, 12 s: step:3/4 train_time:1500ms\n" in stream.getvalue()
     lines = stream.getvalue().count("\n")
     display.line("something happened")
@@ -403,7 +403,7 @@ def test_the_table_rewrites_itself_on_a_terminal(repository, tmp_path, monkeypat
     display.close()
     assert stream.getvalue().endswith("\033[3F\033[J")
     plain = io.StringIO()
-    live.Display(ledger, plain).update([(entry, 1.0)])
+    live.Display(ledger, plain).update([([entry], 1.0)])
     assert plain.getvalue() == ""       # not a terminal: lines only
 
 

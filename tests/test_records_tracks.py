@@ -5,17 +5,21 @@ from pathlib import Path
 
 import pytest
 
+import train_cifar
+import train_gpt
 from data import fineweb
+from records.check_source import departures
 from records.tracks import TRACKS, get_track, metric_of
-from train_gpt import PRESETS, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_tracks_that_the_repository_promises():
-    assert list(TRACKS) == ["fineweb-3.28", "wiki-3.324", "cifar10-94", "cifar10-96", "text-local"]
+    assert list(TRACKS) == ["fineweb-3.28", "wiki-3.324", "cifar10-94", "cifar10-96", "cifar10-local",
+                            "text-local"]
     assert get_track("cifar10-94").direction == "up" and get_track("wiki-3.324").direction == "down"
     assert get_track("fineweb-3.28").rule.alpha == 0.01
+    assert metric_of("cifar10-local") == "accuracy" and get_track("cifar10-local").target is None
     assert get_track("mine") is None and metric_of("mine") == "val_loss" and metric_of("cifar10-96") == "accuracy"
 
 
@@ -28,12 +32,20 @@ def test_a_track_is_consistent(track):
     assert not track.rule or 0 < track.rule.alpha < 0.5 and track.rule.least_runs >= 2
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_the_presets_run_the_tracks_that_they_name(preset):
-    s = Settings(**PRESETS[preset])
+@pytest.mark.parametrize("script, preset", [(script, preset) for script in (train_gpt, train_cifar)
+                                            for preset in script.PRESETS])
+def test_the_presets_run_the_tracks_that_they_name(script, preset):
+    s = script.Settings(**script.PRESETS[preset])
     track = get_track(s.track)
-    assert track.script == "train_gpt.py" and s.target == track.target
+    assert track.script == Path(script.__file__).name and s.target == track.target
     assert {name: getattr(s, name) for name in track.fixed} == track.fixed
+
+
+def test_accuracy_on_a_part_of_the_test_images_is_not_the_tracks():
+    run = {"command": ["train_cifar.py"], "target": 0.94, "config": {"test_images": 9000}, "data": {}, "validation": []}
+    assert [text for _, text in departures(run, get_track("cifar10-94"))] == ["its test_images is 9000, the track's "
+                                                                              "10000"]
+    assert not departures(run | {"config": {"test_images": 10000}}, get_track("cifar10-94"))
 
 
 def test_the_data_of_the_tracks():

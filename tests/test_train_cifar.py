@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import train_cifar
 from data import cifar10
-from optim import OPTIMIZERS, ChainedOptimizer, route
+from optim import OPTIMIZERS, route
 from records.log import Record, parse_log, unpack_source
 from records.runs import read_experiment, read_run
 from records.settings import SettingsError
@@ -77,6 +77,7 @@ def trainer(data, **changes) -> Trainer:
 
 def test_a_run_leaves_a_complete_record_that_verifies(finished):
     assert finished["status"] == "complete" and finished["steps"] == 21  # 3.5 epochs of 6 steps
+    assert finished["accuracy"] == finished["extra"]["test accuracy"]
     [point] = finished["validation"]
     assert point["step"] == 21 and point["tokens"] == 21 * 50 and 0 < point["train_time_s"] == finished["train_time_s"]
     extra = finished["extra"]
@@ -197,7 +198,7 @@ def test_half_precision_begins_as_single_does(data):
     assert half.losses == pytest.approx(single.losses, abs=1e-2) and half.losses != single.losses
 
 
-def not_captured(work, before=lambda: None):
+def not_captured(work, before=lambda: None, pool=None):
     """Stands in for a CUDA graph: the work again, after as many calls of it as capturing takes."""
     for _ in range(3):
         before()
@@ -207,46 +208,65 @@ def not_captured(work, before=lambda: None):
     return work
 
 
-def test_a_graph_of_the_gradients_changes_nothing(data, losses, monkeypatch):
+def graphed(data, graph, monkeypatch, **changes) -> Trainer:
+    """Ready to run as a GPU would: what graphs hold is called instead of replayed."""
     monkeypatch.setattr(train_cifar, "captured", not_captured)
-    made = Trainer(Settings(**PRESETS["local"] | TINY), CPU, *data)
-    made.graph = "auto"  # what a GPU gets
+    made = Trainer(Settings(**PRESETS["local"] | TINY | changes), CPU, *data)
+    made.graph = graph
     made.prepare()
-    assert made.graph == "gradients" or made.matrices.optimizers[0].capturable
+    return made
+
+
+def test_a_graph_of_the_gradients_changes_nothing(data, losses, monkeypatch):
+    made = graphed(data, "gradients", monkeypatch)
+    assert made.graph == "gradients"
     assert made.run(5).losses == losses and made.run(6).losses != losses and made.run(5).losses == losses
 
 
-def test_what_cannot_be_captured_is_said(data):
-    made = Trainer(Settings(**PRESETS["local"] | TINY | dict(rest="adam", optimizer="adamw")), CPU, *data)
-    made.graph = "step"
-    with pytest.raises(SettingsError, match="--graph step: --optimizer adamw with --rest adam cannot be captured"):
-        made.prepare()
-
-
-class Capturable(torch.optim.SGD):
-    """What the script asks of an optimizer whose step a CUDA graph can hold: besides this, that it takes its learning
-    rate as a tensor, and may have its state set to zeros."""
-    capturable = True
-
-    def check_finite(self):
-        pass
-
-
-def test_a_graph_of_the_whole_step_changes_nothing_but_rounding(data, monkeypatch):
-    """With an optimizer for the filters that can be captured."""
-    monkeypatch.setattr(train_cifar, "captured", not_captured)
-    monkeypatch.setattr(train_cifar, "get_optimizer", lambda name, groups, lr, momentum, engine: ChainedOptimizer(
-        Capturable([p for _, p in groups["matrix"]], lr=lr / 100, momentum=momentum)))
-    expected = trainer(data).run(5)
-    made = Trainer(Settings(**PRESETS["local"] | TINY), CPU, *data)
-    made.graph = "auto"
-    made.prepare()
+@pytest.mark.parametrize("changes", [dict(), dict(rest="adam", bias_lr=0.01, head_lr=0.05, optimizer="muon2"),
+                                     dict(optimizer="adamw", lr=0.01, depth=3, whiten_epochs=0)], ids=str)
+def test_a_graph_of_the_whole_step_changes_nothing_but_rounding(data, monkeypatch, changes):
+    """Learning rates are float32 in it, from a table that the step's number on the device looks up."""
+    changes = dict(epochs=1.25, whiten_epochs=0.5) | changes
+    expected = trainer(data, **changes)
+    at_first = expected.run(5)
+    weights = [p.detach().clone() for p in expected.params]
+    made = graphed(data, "auto", monkeypatch, **changes)
     assert made.graph == "step" and all(isinstance(group["lr"], torch.Tensor) for group in made.groups)
-    for _ in range(2):  # the second run begins as the first did
-        found = made.run(5)
-        assert found.losses == pytest.approx(expected.losses, abs=1e-4)
-        assert found.test_loss == pytest.approx(expected.test_loss, abs=1e-4)
+    found = made.run(5)
+    assert found.losses == pytest.approx(at_first.losses, abs=1e-5)
+    assert found.test_loss == pytest.approx(at_first.test_loss, abs=1e-5)
+    for p, weight in zip(made.params, weights):
+        torch.testing.assert_close(p, weight, rtol=0, atol=1e-4)
+    assert made.step.item() == made.s.steps
     assert [float(group["lr"]) for group in made.groups] == pytest.approx(made.rates_at(made.s.steps - 1))
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(rest="adam", bias_lr=0.01, head_lr=0.05, optimizer="muon2-f")],
+                         ids=str)
+def test_a_run_of_replays_begins_as_the_first_did(data, monkeypatch, changes):
+    """The state of the optimizers stays where it is and is all as before the first step."""
+    made = graphed(data, "step", monkeypatch, epochs=1, **changes)
+    first, held = made.run(5), [value.data_ptr() for value in state_of(made)]
+    weights = [p.detach().clone() for p in made.params]
+    other, again = made.run(6), made.run(5)
+    assert first.losses == again.losses != other.losses and first.test_loss == again.test_loss
+    assert all(torch.equal(p, weight) for p, weight in zip(made.params, weights))
+    assert [value.data_ptr() for value in state_of(made)] == held and len(held) >= 14  # of 14 parameters
+    made.reset(5)
+    assert not any(value.any() for value in state_of(made))
+
+
+def state_of(made: Trainer) -> list[torch.Tensor]:
+    banks = [value for one in made.matrices.optimizers for bank in one.banks for value in bank.state.values()]
+    return banks + [value for one in (*made.matrices.optimizers, made.rest) for state in one.state.values()
+                    for value in state.values() if value is not None]
+
+
+def test_what_cannot_be_captured_is_said_and_gets_a_graph_of_its_gradients(data, monkeypatch):
+    with pytest.raises(SettingsError, match="--graph step: --optimizer amo with --rest sgd cannot be captured"):
+        graphed(data, "step", monkeypatch, optimizer="amo")
+    assert graphed(data, "auto", monkeypatch, optimizer="amo", epochs=0.5).graph == "gradients"
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -428,11 +448,40 @@ def test_the_first_ten_losses_are_those_of_a_cpu(on_gpu, losses, engine):
 
 
 @pytest.mark.gpu
-def test_graphs_change_nothing_on_a_gpu(on_gpu):
-    none, (made, graph) = on_gpu(graph="none")[1], on_gpu(graph="auto")
-    assert made.graph in ("gradients", "step") and graph.losses[:10] == pytest.approx(none.losses[:10], abs=2e-3)
-    assert made.run(5).losses[:10] == pytest.approx(graph.losses[:10], abs=2e-3)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("graph", ["gradients", "step"])
+def test_graphs_change_nothing_on_a_gpu(on_gpu, graph, dtype):
+    none, (made, found) = on_gpu(graph="none", dtype=dtype)[1], on_gpu(graph=graph, dtype=dtype)
+    assert made.graph == graph and found.losses[:10] == pytest.approx(none.losses[:10], abs=2e-3)
+    assert found.losses == pytest.approx(none.losses, abs=5e-2)
+    other, again = made.run(6), made.run(5)
+    assert again.losses[:10] == pytest.approx(found.losses[:10], abs=2e-3) and other.losses[:3] != again.losses[:3]
     assert made.step_parts()["forward"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [dict(optimizer="adamw", lr=0.01), dict(rest="adam", bias_lr=0.01, head_lr=0.05),
+                                     *(dict(optimizer=name) for name in OPTIMIZERS if name != "adamw")], ids=str)
+def test_every_optimizer_in_a_graph_on_a_gpu(on_gpu, changes):
+    """AMO's gradients alone."""
+    changes = dict(dtype="float16", epochs=2) | changes
+    none, (made, found) = on_gpu(graph="none", **changes)[1], on_gpu(graph="auto", **changes)
+    assert made.graph == ("gradients" if "amo" in changes.get("optimizer", "") else "step")
+    assert found.losses[:10] == pytest.approx(none.losses[:10], abs=5e-3)
+
+
+@pytest.mark.gpu
+def test_rates_move_under_a_graph_on_a_gpu(on_gpu):
+    """One graph: at rates of 0 biases and head stay, and in the next step, at those of the table, they do not."""
+    made, _ = on_gpu(graph="step")
+    rest = [p for p in made.params if p.ndim != 4]
+    made.reset(5)
+    made.look(5)
+    made.schedule[0] = 0
+    for moves in (False, True):
+        before = [p.detach().clone() for p in rest]
+        made.work[True]()
+        assert [torch.equal(p, was) for p, was in zip(rest, before)] == [not moves] * len(rest)
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_train_cifar import ROOT, arguments, one_thread, only_record, train  # noqa: F401
+from test_train_cifar import ROOT, arguments, only_record, train
 
 from records.verify import verify
 from train_cifar import Net, Trainer

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from test_train_gpt import ROOT, arguments, data, losses, one_thread, only_record, read, train, words  # noqa: F401
+from test_train_gpt import ROOT, arguments, data, losses, only_record, read, train, words  # noqa: F401
 
 import train_gpt
 from data.shards import HEADER_BYTES, write_shard
