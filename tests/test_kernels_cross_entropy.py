@@ -108,7 +108,7 @@ def test_logits_of_ten_thousand(dtype, cap, monkeypatch):
     eager = run(softcapped_cross_entropy_eager, *given, cap=cap, dtype=dtype, weight_dtype=torch.float32)
     assert all(t.isfinite().all() for t in found) and errors(found[:1], truth[:1])[0] < 1e-3
     for ours, theirs in zip(errors(found[1:], truth[1:]), errors(eager[1:], truth[1:])):
-        assert ours <= SLACK * theirs + 1e-5
+        assert ours <= max(SLACK * theirs + 1e-5, 2.0**-7 if dtype == torch.bfloat16 else 0)  # a rounding of its slopes
 
 
 def test_x_of_any_strides(monkeypatch):
@@ -129,7 +129,7 @@ def test_x_of_any_strides(monkeypatch):
 
 @pytest.mark.parametrize("weights, ignored", [([0.0, 0.0], False), ([1.0, 0.5], True)])
 def test_nothing_to_learn_gives_zeros(weights, ignored):
-    x, weight, targets = problem(16, 48, 2)
+    x, weight, targets = problem(64, 320, 2, width=64)
     targets = torch.full_like(targets, -1) if ignored else targets
     for precision in ("bfloat16", "fp8"):
         found = run(fused, x, weight, targets, weights_of(*weights), dtype=torch.bfloat16, weight_dtype=torch.float32,
@@ -138,8 +138,8 @@ def test_nothing_to_learn_gives_zeros(weights, ignored):
 
 
 def test_a_target_outside_of_the_vocabulary_is_not_silent():
-    x, weight, targets = problem(16, 48, 2)
-    targets[5, 1] = 48
+    x, weight, targets = problem(64, 320, 2, width=64)
+    targets[5, 1] = 320
     for precision in ("bfloat16", "fp8"):
         loss, dx, _ = run(fused, x, weight, targets, weights_of(1.0, 0.5), dtype=torch.bfloat16,
                           weight_dtype=torch.float32, precision=precision)
@@ -181,7 +181,7 @@ def test_the_same_input_gives_the_same_bits():
 
 @pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
 def test_torch_compile_keeps_one_graph_and_the_result(precision):
-    x, weight, targets = problem(32, 96, 2)
+    x, weight, targets = problem(64, 320, 2, width=64)
     weights = weights_of(1.0, 0.5)
     options = dict(cap=CAP, precision=precision, engine="fused")
 
@@ -254,6 +254,7 @@ def test_slopes_in_8_bits_are_within_their_rounding_and_transposed(monkeypatch):
     (dict(x=lambda x: x.half(), weight=lambda w: w.half(), precision=lambda p: "fp8"), "float16"),
     (dict(x=lambda x: x[:15], targets=lambda t: t[:15], precision=lambda p: "fp8"), "multiples of 16"),
     (dict(weight=lambda w: w[:47], precision=lambda p: "fp8"), "multiples of 16"),
+    (dict(precision=lambda p: "fp8"), "at least 64"),
     (dict(engine=lambda e: "eager", precision=lambda p: "fp8"), "is for the kernels")], ids=lambda value: None)
 def test_mistakes_are_named(changes, says):
     x, weight, targets = problem(16, 48, 2)
