@@ -75,6 +75,9 @@ class Settings:
     # training
     steps: int = option(1600, "optimizer steps", least=1)
     batch_tokens: int = option(524288, "tokens in a step, over all GPUs", least=1)
+    batch_schedule: str = option("1", "sizes of the batch in equal parts of the run, such as 1,2,3; the last is "
+                                "batch_tokens")
+    batch_lr_power: float = option(0.5, "learning rates fall with smaller batches, to this power of the size", least=0)
     device_batch_tokens: int = option(65536, "tokens at once on a GPU; lower it if memory runs out", least=1)
     optimizer: str = option("turbo-muon", "for the matrices; Adam takes the rest", choices=tuple(OPTIMIZERS))
     engine: str = option("auto", "orthogonalise with the fused kernels (auto: where they run) or in plain torch",
@@ -104,16 +107,35 @@ class Settings:
         if not 0 <= 2 * self.value_embeddings <= self.layers:
             raise SettingsError(f"--value-embeddings {self.value_embeddings} needs at least twice as many --layers, "
                                 f"not {self.layers}")
+        if min(self.numbers("batch_schedule")) <= 0:
+            raise SettingsError(f"--batch-schedule {self.batch_schedule}: sizes of a batch must be more than 0")
+
+    def numbers(self, setting: str) -> list[float]:
+        """What a setting says that holds numbers with commas between them."""
+        text = getattr(self, setting)
+        try:
+            return [float(number) for number in text.split(",")]
+        except ValueError:
+            raise SettingsError(f"--{setting.replace('_', '-')} {text!r} expects numbers with commas between, such as "
+                                f"{getattr(type(self), setting)}") from None
+
+    def batch_sizes(self) -> list[int]:
+        """Tokens in a step, for each of the equal parts of the steps."""
+        sizes = self.numbers("batch_schedule")
+        return [round(self.batch_tokens * size / sizes[-1]) for size in sizes]
 
     def sequences_at_once(self, setting: str, world_size: int, most: int | None = None) -> int:
-        """Sequences of a pass when `world_size` processes share the tokens of `setting` in as few passes as fit."""
-        tokens, most = getattr(self, setting), most or self.device_batch_tokens // self.sequence_length
-        sequences, rest = divmod(tokens, self.sequence_length)
-        if rest or sequences % world_size:
-            raise SettingsError(f"--{setting.replace('_', '-')} {tokens} must be a multiple of "
-                                f"{world_size * self.sequence_length}: {world_size} processes × --sequence-length "
-                                f"{self.sequence_length}; or change --nproc_per_node")
-        share = sequences // world_size
+        """Sequences of a pass when `world_size` processes share the tokens of `setting` in as few passes as fit; all
+        batches of a schedule take passes of one size, because each size is compiled anew."""
+        most, share = most or self.device_batch_tokens // self.sequence_length, 0
+        for tokens in self.batch_sizes() if setting == "batch_tokens" else [getattr(self, setting)]:
+            sequences, rest = divmod(tokens, self.sequence_length)
+            if rest or sequences % world_size or not sequences:
+                part = f" (of --batch-schedule {self.batch_schedule})" if tokens != getattr(self, setting) else ""
+                raise SettingsError(f"--{setting.replace('_', '-')} {tokens}{part} must be a multiple of "
+                                    f"{world_size * self.sequence_length}: {world_size} processes × --sequence-length "
+                                    f"{self.sequence_length}; or change --nproc_per_node")
+            share = math.gcd(share, sequences // world_size)
         return max(size for size in range(1, min(share, most) + 1) if share % size == 0)
 
 
@@ -131,10 +153,21 @@ PRESETS = {
 # Schedules: plain functions of the step
 
 
+def batch_at(step: int, s: Settings) -> int:
+    """Tokens in `step` (0 is the first). Small batches serve while the loss falls fast (modded-nanogpt)."""
+    sizes = s.batch_sizes()
+    return sizes[min(step, s.steps - 1) * len(sizes) // s.steps]
+
+
+def tokens_before(step: int, s: Settings) -> int:
+    return sum(batch_at(earlier, s) for earlier in range(step))
+
+
 def lr_scale(step: int, s: Settings) -> float:
-    """Fraction of the learning rates at `step` (0 is the first): constant, then linear down to final_lr."""
+    """Fraction of the learning rates at `step`: constant, then linear down to final_lr; less for smaller batches."""
     left = (s.steps - step) / s.steps
-    return 1.0 if left >= s.cooldown else s.final_lr + (1 - s.final_lr) * left / s.cooldown
+    cooled = 1.0 if left >= s.cooldown else s.final_lr + (1 - s.final_lr) * left / s.cooldown
+    return cooled * (batch_at(step, s) / s.batch_tokens) ** s.batch_lr_power
 
 
 def momentum_at(step: int, s: Settings) -> float:
@@ -386,7 +419,8 @@ def pick_device(s: Settings) -> torch.device:
 
 def open_data(s: Settings, rank: int, world_size: int):
     """The training stream and this rank's validation batches; fills the folder first if `source` says how."""
-    train_shards = min(103, 1 + s.steps * s.batch_tokens // 80_000_000)  # of 100M tokens; sequences use about 88 %
+    train_tokens = tokens_before(s.steps, s)
+    train_shards = min(103, 1 + train_tokens // 80_000_000)  # of 100M tokens; sequences use about 88 %
     hint = {"fineweb": fineweb.command(s.data, train_shards), "local": f"python -m data.local_text {s.data}",
             "none": f"python -m data.tokenize_text TEXTS {s.data}"}[s.source]
     if s.source == "fineweb":
@@ -398,7 +432,7 @@ def open_data(s: Settings, rank: int, world_size: int):
     shared = dict(sequence_length=s.sequence_length, max_document=s.max_document, vocab_size=s.vocab_size, rank=rank,
                   world_size=world_size, hint=hint)
     loader = TrainLoader(s.data, seed=s.seed, **shared)
-    loader.require(s.steps * s.batch_tokens // s.sequence_length)
+    loader.require(train_tokens // s.sequence_length)
     validation = validation_batches(s.data, tokens=s.val_tokens, **shared,
                                     sequences_per_pass=val_at_once)
     return loader, validation
@@ -438,11 +472,22 @@ def validate(model: GPT, batches, window: int, device: torch.device, world_size:
     return total.item() / world_size
 
 
-def warm_up(s: Settings, model: GPT, loader: TrainLoader, validation, passes: int, device, world_size: int) -> None:
+def requests(s: Settings, world_size: int):
+    """(first sequence, sequences of the step, part, parts) of all passes of the run, for TrainLoader.batch."""
+    first, at_once = 0, s.sequences_at_once("batch_tokens", world_size)
+    for step in range(s.steps):
+        sequences = batch_at(step, s) // s.sequence_length
+        passes = sequences // world_size // at_once
+        yield from ((first, sequences, part, passes) for part in range(passes))
+        first += sequences
+
+
+def warm_up(s: Settings, model: GPT, loader: TrainLoader, validation, device, world_size: int) -> None:
     """Compile and load everything the run will need, on weights that are put back exactly afterwards."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = make_optimizer(s, model)
-    sequences = s.batch_tokens // s.sequence_length
+    sequences = batch_at(0, s) // s.sequence_length
+    passes = sequences // world_size // s.sequences_at_once("batch_tokens", world_size)
     windows = (window_at(0, s), window_at(s.steps - 1, s))  # a second value makes the window symbolic in the graphs
     for window in windows:
         batches = (loader.batch(0, sequences, part, passes) for part in range(passes))
@@ -452,8 +497,8 @@ def warm_up(s: Settings, model: GPT, loader: TrainLoader, validation, passes: in
 
 
 def train(s: Settings, device: torch.device, rank: int, world_size: int, started: list[Record]) -> None:
-    sequences = s.batch_tokens // s.sequence_length
-    passes = sequences // world_size // s.sequences_at_once("batch_tokens", world_size)
+    at_once = s.sequences_at_once("batch_tokens", world_size)
+    pass_tokens = at_once * s.sequence_length * world_size
     loader, validation = open_data(s, rank, world_size)
     record = Record(s.records, track=s.track, name=s.name, target=s.target, steps=s.steps, seed=s.seed,
                     config=asdict(s), script=Path(__file__), repository=REPOSITORY, device=str(device),
@@ -467,12 +512,14 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
     with torch.device(device):
         model = GPT(s)
     record.line(route_table(route(model)))
+    passes = [size // pass_tokens for size in s.batch_sizes()]
     record.line(f"seed {s.seed}, {world_size} process{'es' * (world_size > 1)} on {device.type}, "
-                f"{passes} pass{'es' * (passes > 1)} of {s.batch_tokens // passes // world_size} tokens a step")
+                f"{', '.join(map(str, passes))} pass{'es' * (max(passes) > 1)} of {pass_tokens // world_size} tokens a "
+                "step")
     if s.compile:
         model.compile_parts()
     began = time.perf_counter()
-    warm_up(s, model, loader, validation, passes, device, world_size)
+    warm_up(s, model, loader, validation, device, world_size)
     record.line(f"compiled and warmed up in {time.perf_counter() - began:.1f} s")
 
     optimizer = make_optimizer(s, model)
@@ -481,8 +528,7 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
     for budget in budgets(optimizer):  # AMO's table goes into the log, too
         budget.say = record.line
     probes: dict[str, dict] = {}
-    requests = ((step * sequences, sequences, part, passes) for step in range(s.steps) for part in range(passes))
-    batches = loader.prefetch(requests, pin=device.type == "cuda")
+    batches = loader.prefetch(requests(s, world_size), pin=device.type == "cuda")
     clock = Clock(device)
     clock.start()
     for step in range(s.steps + 1):
@@ -490,7 +536,7 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
             seconds = clock.stop()
             optimizer.check_finite()
             loss = validate(model, validation, window_at(min(step, s.steps - 1), s), device, world_size)
-            record.validation(step, loss, seconds, step * s.batch_tokens)
+            record.validation(step, loss, seconds, tokens_before(step, s))
             if s.probe:
                 probes[str(step)] = probe(optimizer, model)
             if not math.isfinite(loss):
@@ -499,7 +545,7 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
         if step == s.steps:
             break
         set_schedule(optimizer, step, s)
-        train_step(model, optimizer, batches, passes, window_at(step, s), device)
+        train_step(model, optimizer, batches, batch_at(step, s) // pass_tokens, window_at(step, s), device)
         record.progress(step + 1, clock.running())
 
     extra = {"optimizer": s.optimizer} | {"amo": budget.commitment for budget in budgets(optimizer)}
@@ -508,9 +554,10 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
     if s.source == "local" and rank == 0:
         extra["bigram loss"] = bigram_loss(s)
     if s.profile:
-        again = (loader.batch(0, sequences, part, passes) for part in itertools.cycle(range(passes)))
+        again = (loader.batch(0, passes[-1] * at_once * world_size, part, passes[-1])
+                 for part in itertools.cycle(range(passes[-1])))
         window = window_at(s.steps - 1, s)
-        table, extra["profile"] = profile_step(lambda: train_step(model, optimizer, again, passes, window, device))
+        table, extra["profile"] = profile_step(lambda: train_step(model, optimizer, again, passes[-1], window, device))
         record.line(table)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     record.finish(peak_memory_bytes=peak, extra=extra)

@@ -208,7 +208,7 @@ def test_warm_up_trains_and_puts_every_weight_back_to_the_bit(data, monkeypatch)
         return validate(model, *rest)
 
     monkeypatch.setattr(train_gpt, "validate", spy)
-    train_gpt.warm_up(s, model, loader, validation, batch_passes(s, 1), device, 1)
+    train_gpt.warm_up(s, model, loader, validation, device, 1)
     assert inside and all(names == set(before) for names in inside)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -228,6 +228,22 @@ def test_gradient_accumulation_changes_no_loss(finished, data, tmp_path, tokens,
     record = train(data, tmp_path, device_batch_tokens=tokens)
     assert f", {passes} passes of {1024 // passes} tokens a step" in record["stdout"]
     assert losses(record) == pytest.approx(losses(finished), rel=1e-5)
+
+
+def test_a_batch_schedule_changes_batches_rates_and_tokens_and_no_sequence(data, tmp_path):
+    schedule = dict(batch_schedule="1,2,3", batch_tokens=1536, steps=6, val_every=1)
+    s = Settings(**PRESETS["local"] | TINY | schedule | dict(data=str(data)))
+    assert [train_gpt.batch_at(step, s) for step in range(7)] == [512, 512, 1024, 1024, 1536, 1536, 1536]
+    assert lr_scale(0, s) == pytest.approx((1 / 3) ** 0.5) and lr_scale(2, s) == pytest.approx((2 / 3) ** 0.5)
+    assert lr_scale(4, s) == lr_scale(4, Settings(steps=6))
+    asked = list(train_gpt.requests(s, 1))  # 1024 tokens fit the device, but 512 divide every batch
+    assert asked == [(0, 4, 0, 1), (4, 4, 0, 1), *((8, 8, part, 2) for part in range(2)), *((16, 8, part, 2) for part in
+                     range(2)), *((24, 12, part, 3) for part in range(3)), *((36, 12, part, 3) for part in range(3))]
+    one = train(data, tmp_path / "one", **schedule)
+    assert ", 1, 2, 3 passes of 512 tokens a step" in one["stdout"]
+    assert [point["tokens"] for point in one["validation"]] == [0, 512, 1024, 2048, 3072, 4608, 6144]
+    other = train(data, tmp_path / "other", device_batch_tokens=256, **schedule)
+    assert losses(other) == pytest.approx(losses(one), rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,6 +300,8 @@ def test_processes_that_do_not_divide_the_batch_are_refused():
         batch_passes(Settings(), 3)
     with pytest.raises(SettingsError, match="--batch-tokens 16385 must be a multiple of 16384"):
         batch_passes(Settings(batch_tokens=16385), 1)
+    with pytest.raises(SettingsError, match=r"--batch-tokens 174763 \(of --batch-schedule 1,3\) must be a multiple of"):
+        batch_passes(Settings(batch_schedule="1,3"), 1)
 
 
 @pytest.mark.parametrize("changes, named", [
@@ -294,6 +312,8 @@ def test_processes_that_do_not_divide_the_batch_are_refused():
     (dict(width=100), "--width 100 must be a multiple of 4 × --heads 6"),
     (dict(value_embeddings=7), "--value-embeddings 7 needs at least twice as many --layers, not 12"),
     (dict(value_embeddings=-1), "--value-embeddings -1"),
+    (dict(batch_schedule="1,half"), "--batch-schedule '1,half' expects numbers with commas between, such as 1"),
+    (dict(batch_schedule="0,1"), "--batch-schedule 0,1: sizes of a batch must be more than 0"),
     (dict(steps=0), "--steps 0"), (dict(val_every=0), "--val-every 0"), (dict(window=1), "--window 1"),
 ])
 def test_settings_that_cannot_work_are_refused_by_name(changes, named):
