@@ -71,7 +71,11 @@ class Settings:
     width: int = option(768, "residual stream; 4 × width in the MLPs", least=1)
     value_embeddings: int = option(3, "embeddings added to the values of the first and last so many blocks", least=0)
     softcap: float = option(15.0, "logits are bounded to ± this; exp must not overflow", least=1e-3, most=70)
-    window: int = option(1792, "tokens that attention looks back over in the end; half of it in most blocks", least=2)
+    window: int = option(1792, "tokens that attention looks back over in the end, in every fourth and the last block",
+                         least=2)
+    short_window: int | None = option(None, "the same in the other blocks; none: half of --window", least=1)
+    window_start: int | None = option(None, "--window of the first steps; none: an eighth of it", least=2)
+    yarn: bool = option(False, "stretch slow rotations and sharpen attention as the window grows")
     # training
     steps: int = option(1600, "optimizer steps", least=1)
     batch_tokens: int = option(524288, "tokens in a step, over all GPUs", least=1)
@@ -109,6 +113,11 @@ class Settings:
                                 f"not {self.layers}")
         if min(self.numbers("batch_schedule")) <= 0:
             raise SettingsError(f"--batch-schedule {self.batch_schedule}: sizes of a batch must be more than 0")
+
+        for setting in ("short_window", "window_start"):
+            if (getattr(self, setting) or 0) > self.window:
+                raise SettingsError(f"--{setting.replace('_', '-')} {getattr(self, setting)} must be at most --window "
+                                    f"{self.window}")
 
     def numbers(self, setting: str) -> list[float]:
         """What a setting says that holds numbers with commas between them."""
@@ -176,13 +185,18 @@ def momentum_at(step: int, s: Settings) -> float:
     return (1 - reached) * min(0.85, s.momentum) + reached * s.momentum
 
 
-def window_at(step: int, s: Settings) -> int:
-    """Tokens that the widest attention looks back over: grows linearly from 1/8 to `window`, in eighths.
+def first_window(s: Settings) -> int:
+    return max(2, s.window // 8) if s.window_start is None else s.window_start
+
+
+def windows_at(step: int, s: Settings) -> tuple[int, int]:
+    """Tokens that attention looks back over in most blocks, and in the others. Both grow in eight steps.
 
     Short windows first cost less and lose nothing while the model learns short contexts (modded-nanogpt).
     """
-    eighth = max(1, -(-8 * (step + 1) // s.steps))
-    return max(2, s.window * eighth // 8)
+    grown = -(-8 * (min(step, s.steps - 1) + 1) // s.steps) - 1  # 0 … 7
+    window = first_window(s) + (s.window - first_window(s)) * grown // 7
+    return window // 2 if s.short_window is None else max(1, window * s.short_window // s.window), window
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,11 +269,22 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int, sequence_length: int):
         super().__init__()
-        turning = head_dim // 4
+        turning, shape = head_dim // 4, (1, sequence_length, 1, head_dim // 2)
         frequency = torch.cat([(1 / 1024) ** torch.linspace(0, 1, turning), torch.zeros(head_dim // 2 - turning)])
-        angle = torch.outer(torch.arange(sequence_length, dtype=torch.float32), frequency)
-        self.register_buffer("cos", angle.cos()[None, :, None, :], persistent=False)  # (1, length, 1, head_dim / 2)
-        self.register_buffer("sin", angle.sin()[None, :, None, :], persistent=False)
+        for name, buffer in dict(frequency=frequency, cos=torch.empty(shape), sin=torch.empty(shape)).items():
+            self.register_buffer(name, buffer, persistent=False)
+        self.stretch(1, 1)
+
+    @torch.no_grad()
+    def stretch(self, first: int, window: int) -> None:
+        """YaRN (arXiv 2309.00071) for a window that has grown from `first`: what turned less than once in it turns more
+        slowly by as much as the window grew, what turned over 32 times as before; scores grow (in q and k by half)."""
+        same = ((first / (2 * math.pi) * self.frequency - 1) / 31).clamp(0, 1)
+        frequency = self.frequency * (same + (1 - same) * first / window)
+        angle = torch.outer(torch.arange(self.cos.size(1), dtype=torch.float32, device=frequency.device), frequency)
+        sharpness = (1 + 0.2 * math.log(window / first)) ** 0.5
+        self.cos.copy_((sharpness * angle.cos())[None, :, None, :])
+        self.sin.copy_((sharpness * angle.sin())[None, :, None, :])
 
     def forward(self, x: Tensor) -> Tensor:  # (sequences · length, heads, head_dim)
         first, second = x.float().view(-1, self.cos.size(1), *x.shape[1:]).chunk(2, dim=-1)
@@ -322,18 +347,21 @@ class GPT(nn.Module):
         super().__init__()
         padded = -(-s.vocab_size // 128) * 128
         self.dtype, self.softcap, self.compiled = getattr(torch, s.dtype), s.softcap, False
-        rotary = Rotary(s.width // s.heads, s.sequence_length)
+        self.rotary = Rotary(s.width // s.heads, s.sequence_length)
         self.tokens = nn.Embedding(padded, s.width)
         self.values = nn.ModuleList(nn.Embedding(padded, s.width) for _ in range(s.value_embeddings))
         self.value_of = {i: i for i in range(s.value_embeddings)}
         self.value_of |= {s.layers - s.value_embeddings + i: i for i in range(s.value_embeddings)}
         # block of the second half -> its mirror; of an even number the middle two are neighbours and need no skip
         self.skip_from = {s.layers - 1 - i: i for i in range((s.layers - 1) // 2)}
-        self.blocks = nn.ModuleList(Block(s, rotary, i in self.value_of, i in self.skip_from) for i in range(s.layers))
+        self.blocks = nn.ModuleList(Block(s, self.rotary, i in self.value_of, i in self.skip_from)
+                                    for i in range(s.layers))
+        self.wide = {i for i in range(s.layers) if i % 4 == 3} | {s.layers - 1}
         self.head = Linear(s.width, padded, zero=True)
 
-    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, window: int) -> Tensor:
-        """Mean cross entropy, nats per token. tokens, targets (sequences, length) int64; the rest as in `attention`."""
+    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, windows: tuple[int, int]) -> Tensor:
+        """Mean cross entropy, nats per token. tokens, targets (sequences, length) int64; windows: of most blocks and of
+        the wide ones; cu_seqlens as in `attention`."""
         if self.compiled:
             torch._dynamo.mark_dynamic(cu_seqlens, 0)  # batches differ in their number of documents
         x0, values = self.embed(tokens.flatten())
@@ -341,7 +369,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             skip = streams[self.skip_from[i]] if i in self.skip_from else None
             value = values[self.value_of[i]] if i in self.value_of else None
-            x = block(x, x0, skip, value, cu_seqlens, window if i % 4 == 3 else window // 2)
+            x = block(x, x0, skip, value, cu_seqlens, windows[i in self.wide])
             streams.append(x)
         return self.loss(x, targets.flatten())
 
@@ -450,22 +478,22 @@ def set_schedule(optimizer, step: int, s: Settings) -> None:
             group["momentum"] = momentum_at(step, s)
 
 
-def train_step(model: GPT, optimizer, batches, passes: int, window: int, device: torch.device) -> None:
+def train_step(model: GPT, optimizer, batches, passes: int, windows: tuple[int, int], device: torch.device) -> None:
     with part("forward and backward"):
         for _ in range(passes):
             batch = next(batches).to(device)
-            (model(batch.tokens, batch.targets, batch.cu_seqlens, window) / passes).backward()
+            (model(batch.tokens, batch.targets, batch.cu_seqlens, windows) / passes).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
-def validate(model: GPT, batches, window: int, device: torch.device, world_size: int) -> float:
+def validate(model: GPT, batches, windows: tuple[int, int], device: torch.device, world_size: int) -> float:
     """Mean loss over the validation tokens of all ranks."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
         batch = batch.to(device)
-        total += model(batch.tokens, batch.targets, batch.cu_seqlens, window)
+        total += model(batch.tokens, batch.targets, batch.cu_seqlens, windows)
     total /= len(batches)
     if world_size > 1:
         dist.all_reduce(total)
@@ -488,11 +516,10 @@ def warm_up(s: Settings, model: GPT, loader: TrainLoader, validation, device, wo
     optimizer = make_optimizer(s, model)
     sequences = batch_at(0, s) // s.sequence_length
     passes = sequences // world_size // s.sequences_at_once("batch_tokens", world_size)
-    windows = (window_at(0, s), window_at(s.steps - 1, s))  # a second value makes the window symbolic in the graphs
-    for window in windows:
+    for windows in (windows_at(0, s), windows_at(s.steps, s)):  # a second value makes it symbolic in the graphs
         batches = (loader.batch(0, sequences, part, passes) for part in range(passes))
-        train_step(model, optimizer, batches, passes, window, device)
-        validate(model, validation[:1], window, device, world_size)
+        train_step(model, optimizer, batches, passes, windows, device)
+        validate(model, validation[:1], windows, device, world_size)
     model.load_state_dict(before)
 
 
@@ -532,10 +559,13 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
     clock = Clock(device)
     clock.start()
     for step in range(s.steps + 1):
+        windows = windows_at(step, s)
+        if s.yarn and (step == 0 or windows != windows_at(step - 1, s)):
+            model.rotary.stretch(first_window(s), windows[1])
         if step % s.val_every == 0 or step == s.steps:
             seconds = clock.stop()
             optimizer.check_finite()
-            loss = validate(model, validation, window_at(min(step, s.steps - 1), s), device, world_size)
+            loss = validate(model, validation, windows, device, world_size)
             record.validation(step, loss, seconds, tokens_before(step, s))
             if s.probe:
                 probes[str(step)] = probe(optimizer, model)
@@ -545,7 +575,7 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
         if step == s.steps:
             break
         set_schedule(optimizer, step, s)
-        train_step(model, optimizer, batches, batch_at(step, s) // pass_tokens, window_at(step, s), device)
+        train_step(model, optimizer, batches, batch_at(step, s) // pass_tokens, windows, device)
         record.progress(step + 1, clock.running())
 
     extra = {"optimizer": s.optimizer} | {"amo": budget.commitment for budget in budgets(optimizer)}
@@ -556,8 +586,7 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
     if s.profile:
         again = (loader.batch(0, passes[-1] * at_once * world_size, part, passes[-1])
                  for part in itertools.cycle(range(passes[-1])))
-        window = window_at(s.steps - 1, s)
-        table, extra["profile"] = profile_step(lambda: train_step(model, optimizer, again, passes[-1], window, device))
+        table, extra["profile"] = profile_step(lambda: train_step(model, optimizer, again, passes[-1], windows, device))
         record.line(table)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     record.finish(peak_memory_bytes=peak, extra=extra)

@@ -18,7 +18,7 @@ from data.shards import sha256, write_shard
 from optim import route
 from records.log import Record, parse_log, unpack_source
 from records.settings import SettingsError
-from train_gpt import GPT, PRESETS, Settings, attention, blockwise_attention, lr_scale, momentum_at, window_at
+from train_gpt import GPT, PRESETS, Rotary, Settings, attention, blockwise_attention, lr_scale, momentum_at, windows_at
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 257  # bytes and the document token
@@ -198,7 +198,7 @@ def test_warm_up_trains_and_puts_every_weight_back_to_the_bit(data, monkeypatch)
     loader, validation = train_gpt.open_data(s, 0, 1)
     device = torch.device("cpu")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    loss = train_gpt.validate(model, validation, 32, device, 1)
+    loss = train_gpt.validate(model, validation, (16, 32), device, 1)
 
     inside = []  # names of the weights that differ while warm_up validates
     validate = train_gpt.validate
@@ -212,13 +212,13 @@ def test_warm_up_trains_and_puts_every_weight_back_to_the_bit(data, monkeypatch)
     assert inside and all(names == set(before) for names in inside)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
-    assert validate(model, validation, 32, device, 1) == loss
+    assert validate(model, validation, (16, 32), device, 1) == loss
 
 
 def test_the_loss_at_step_0_is_that_of_a_freshly_seeded_model(finished, data):
     s, model = model_of(data=str(data))
     _, validation = train_gpt.open_data(s, 0, 1)
-    fresh = train_gpt.validate(model, validation, window_at(0, s), torch.device("cpu"), 1)
+    fresh = train_gpt.validate(model, validation, windows_at(0, s), torch.device("cpu"), 1)
     assert losses(finished)[0] == fresh
 
 
@@ -272,12 +272,43 @@ def test_momentum_rises_from_0_85_over_its_warm_up():
 @pytest.mark.parametrize("steps", [1, 5, 8, 100, 1601])
 def test_the_window_grows_in_eighths_to_the_whole(steps):
     s = Settings(steps=steps, window=1792)
-    windows = [window_at(step, s) for step in range(steps)]
-    assert windows[-1] == 1792 and windows == sorted(windows)
-    assert set(windows) <= {224 * eighth for eighth in range(1, 9)}
+    windows = [windows_at(step, s) for step in range(steps)]
+    assert windows[-1] == windows_at(steps, s) == (896, 1792) and windows == sorted(windows)
+    assert set(windows) <= {(112 * eighth, 224 * eighth) for eighth in range(1, 9)}
     if steps >= 8:
-        assert windows[0] == 224 and len(set(windows)) == 8
-    assert min(window_at(step, Settings(steps=steps, window=2)) for step in range(steps)) == 2  # half of it must be 1
+        assert windows[0] == (112, 224) and len(set(windows)) == 8
+    assert {windows_at(step, Settings(steps=steps, window=2)) for step in range(steps)} == {(1, 2)}
+
+
+def test_windows_have_a_first_value_and_a_short_one():
+    s = Settings(steps=80, window=1664, short_window=768, window_start=384)
+    windows = [windows_at(step, s) for step in range(80)]
+    assert windows[0] == windows[9] == (177, 384) and windows[10] == (261, 566) and windows[79] == (768, 1664)
+
+
+def test_yarn_slows_what_turns_slowly_down_and_leaves_distances_alone():
+    rotary, stretched = Rotary(32, 256), Rotary(32, 256)
+    stretched.stretch(64, 256)
+    q, k = (torch.randn(256, 1, 32, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+
+    def score(rotary, i, j):
+        return (rotary(q[:1].expand(256, 1, 32))[i] * rotary(k[:1].expand(256, 1, 32))[j]).sum().item()
+
+    sharper = 1 + 0.2 * math.log(4)
+    angles = torch.atan2(stretched.sin, stretched.cos)[0, :, 0]  # (256, 16)
+    assert angles[1, 0] == pytest.approx(1 / 4 + 3 / 4 * (64 / (2 * math.pi) - 1) / 31)  # 10 turns in 64 tokens
+    assert angles[100, 4] == pytest.approx(100 / 4 / 1024 ** (4 / 7), rel=1e-5) and not angles[:, 8:].any()
+    assert score(stretched, 60, 50) == pytest.approx(score(stretched, 130, 120), abs=1e-4)
+    assert score(stretched, 7, 7) == pytest.approx(sharper * score(rotary, 7, 7), abs=1e-4)
+    stretched.stretch(64, 64)
+    assert torch.equal(stretched.cos, rotary.cos) and torch.equal(stretched.sin, rotary.sin)
+
+
+def test_a_run_with_yarn_stretches_with_its_window(data, tmp_path, monkeypatch):
+    seen, stretch = [], Rotary.stretch
+    monkeypatch.setattr(Rotary, "stretch", lambda rotary, *windows: (seen.append(windows), stretch(rotary, *windows)))
+    train(data, tmp_path, steps=16, yarn=True, window_start=22)
+    assert seen == [(1, 1), *((22, 22 + 6 * grown) for grown in range(8))]
 
 
 @pytest.mark.parametrize("world_size, passes", [(1, 8), (2, 4), (4, 2), (8, 1), (16, 1), (32, 1)])
@@ -312,6 +343,8 @@ def test_processes_that_do_not_divide_the_batch_are_refused():
     (dict(width=100), "--width 100 must be a multiple of 4 × --heads 6"),
     (dict(value_embeddings=7), "--value-embeddings 7 needs at least twice as many --layers, not 12"),
     (dict(value_embeddings=-1), "--value-embeddings -1"),
+    (dict(short_window=1793), "--short-window 1793 must be at most --window 1792"),
+    (dict(window_start=3000), "--window-start 3000 must be at most --window 1792"),
     (dict(batch_schedule="1,half"), "--batch-schedule '1,half' expects numbers with commas between, such as 1"),
     (dict(batch_schedule="0,1"), "--batch-schedule 0,1: sizes of a batch must be more than 0"),
     (dict(steps=0), "--steps 0"), (dict(val_every=0), "--val-every 0"), (dict(window=1), "--window 1"),
@@ -380,12 +413,12 @@ def test_a_document_s_stream_through_the_model_depends_on_no_other_document_and_
     here = torch.zeros(256, dtype=torch.bool)
     here[50:100] = True
     with torch.no_grad():
-        x = model(tokens, tokens, bounds, 64)
+        x = model(tokens, tokens, bounds, (32, 64))
         other = torch.where(here, tokens.flatten(), torch.randint(0, VOCABULARY, (256,))).view(2, 128)
-        y = model(other, other, bounds, 64)
+        y = model(other, other, bounds, (32, 64))
         torch.testing.assert_close(y[here], x[here], rtol=1e-6, atol=1e-6)
         assert (y[~here] != x[~here]).any(1).sum() > 150
-        merged = model(tokens, tokens, torch.tensor([0, 128, 200, 256], dtype=torch.int32), 64)
+        merged = model(tokens, tokens, torch.tensor([0, 128, 200, 256], dtype=torch.int32), (32, 64))
         assert (merged[here] - x[here]).abs().max() > 1e-3  # without the boundary it would see the first document
 
 
