@@ -70,7 +70,7 @@ class Settings:
     heads: int = option(6, "attention heads", least=1)
     width: int = option(768, "residual stream; 4 × width in the MLPs", least=1)
     value_embeddings: int = option(3, "embeddings added to the values of the first and last so many blocks", least=0)
-    softcap: float = option(15.0, "logits are bounded to ± this; exp must not overflow", least=1e-3, most=70)
+    logit_cap: str = option("30,0,7.5", "A, B, C: logits become A · sigmoid((logit + B) / C), at most A apart")
     window: int = option(1792, "tokens that attention looks back over in the end, in every fourth and the last block",
                          least=2)
     short_window: int | None = option(None, "the same in the other blocks; none: half of --window", least=1)
@@ -90,6 +90,8 @@ class Settings:
     weight_decay: float = option(0.0, "of the matrices, decoupled: times lr in each step", least=0)
     momentum: float = option(0.95, "of the matrices, after --momentum-warmup steps from 0.85", least=0, most=0.9999)
     momentum_warmup: int = option(300, "steps", least=0)
+    prediction_weights: str = option("1", "of the losses of the next, second, … token at first; all but the first fall "
+                                     "to 0, the last one first, in equal parts of the run")
     embedding_lr: float = option(0.3, "Adam, for token and value embeddings", least=0)
     head_lr: float = option(0.008, "Adam, for the output head", least=0)
     scalar_lr: float = option(0.015, "Adam, for the mixing weights of blocks", least=0)
@@ -113,6 +115,13 @@ class Settings:
                                 f"not {self.layers}")
         if min(self.numbers("batch_schedule")) <= 0:
             raise SettingsError(f"--batch-schedule {self.batch_schedule}: sizes of a batch must be more than 0")
+        cap, weights = self.numbers("logit_cap"), self.numbers("prediction_weights")
+        if len(cap) != 3 or not 0 < cap[0] <= 140 or not cap[2] > 0:
+            raise SettingsError(f"--logit-cap {self.logit_cap} must be three numbers A,B,C with 0 < A <= 140 (or exp "
+                                "overflows) and C > 0")
+        if min(weights) < 0 or weights[0] == 0 or len(weights) > self.sequence_length:
+            raise SettingsError(f"--prediction-weights {self.prediction_weights} must not be negative, the first more "
+                                f"than 0, and at most --sequence-length {self.sequence_length} in number")
 
         for setting in ("short_window", "window_start"):
             if (getattr(self, setting) or 0) > self.window:
@@ -122,11 +131,12 @@ class Settings:
     def numbers(self, setting: str) -> list[float]:
         """What a setting says that holds numbers with commas between them."""
         text = getattr(self, setting)
-        try:
-            return [float(number) for number in text.split(",")]
-        except ValueError:
-            raise SettingsError(f"--{setting.replace('_', '-')} {text!r} expects numbers with commas between, such as "
-                                f"{getattr(type(self), setting)}") from None
+        with suppress(ValueError):
+            numbers = [float(number) for number in text.split(",")]
+            if all(map(math.isfinite, numbers)):
+                return numbers
+        raise SettingsError(f"--{setting.replace('_', '-')} {text!r} expects numbers with commas between, such as "
+                            f"{getattr(type(self), setting)}")
 
     def batch_sizes(self) -> list[int]:
         """Tokens in a step, for each of the equal parts of the steps."""
@@ -197,6 +207,15 @@ def windows_at(step: int, s: Settings) -> tuple[int, int]:
     grown = -(-8 * (min(step, s.steps - 1) + 1) // s.steps) - 1  # 0 … 7
     window = first_window(s) + (s.window - first_window(s)) * grown // 7
     return window // 2 if s.short_window is None else max(1, window * s.short_window // s.window), window
+
+
+def prediction_weights_at(step: int, s: Settings) -> list[float]:
+    """Weights of the losses of the next, second, … token: the last weight falls to 0 in the first of as many equal
+    parts of the run as there are weights, the one before it in the second, and so on (modded-nanogpt)."""
+    weights = s.numbers("prediction_weights")
+    now = len(weights) * step / s.steps
+    fallen = [min(1.0, max(0.0, now - (len(weights) - 1 - ahead))) for ahead in range(len(weights))]
+    return weights[:1] + [weight * (1 - f) for weight, f in zip(weights[1:], fallen[1:])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,7 +365,7 @@ class GPT(nn.Module):
     def __init__(self, s: Settings):
         super().__init__()
         padded = -(-s.vocab_size // 128) * 128
-        self.dtype, self.softcap, self.compiled = getattr(torch, s.dtype), s.softcap, False
+        self.dtype, self.cap, self.compiled = getattr(torch, s.dtype), tuple(s.numbers("logit_cap")), False
         self.rotary = Rotary(s.width // s.heads, s.sequence_length)
         self.tokens = nn.Embedding(padded, s.width)
         self.values = nn.ModuleList(nn.Embedding(padded, s.width) for _ in range(s.value_embeddings))
@@ -359,9 +378,13 @@ class GPT(nn.Module):
         self.wide = {i for i in range(s.layers) if i % 4 == 3} | {s.layers - 1}
         self.head = Linear(s.width, padded, zero=True)
 
-    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, windows: tuple[int, int]) -> Tensor:
-        """Mean cross entropy, nats per token. tokens, targets (sequences, length) int64; windows: of most blocks and of
-        the wide ones; cu_seqlens as in `attention`."""
+    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, windows: tuple[int, int],
+                weights: Tensor) -> Tensor:
+        """Cross entropy, nats per token: mean over tokens, sum of weights (K,) times that of the next K tokens.
+
+        tokens, targets (sequences, length) int64; windows: of most blocks and of the wide ones; cu_seqlens as in
+        `attention`. The last tokens of a sequence have fewer targets.
+        """
         if self.compiled:
             torch._dynamo.mark_dynamic(cu_seqlens, 0)  # batches differ in their number of documents
         x0, values = self.embed(tokens.flatten())
@@ -371,17 +394,20 @@ class GPT(nn.Module):
             value = values[self.value_of[i]] if i in self.value_of else None
             x = block(x, x0, skip, value, cu_seqlens, windows[i in self.wide])
             streams.append(x)
-        return self.loss(x, targets.flatten())
+        ahead = [F.pad(targets[:, k:], (0, k), value=-1).flatten() for k in range(len(weights))]
+        return self.loss(x, torch.stack(ahead, dim=1), weights)
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         return norm(self.tokens(tokens).to(self.dtype)), [table(tokens).to(self.dtype) for table in self.values]
 
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy of softcapped logits. They are bounded, so exp cannot overflow and no pass for the maximum is
-        needed: one read of the logits forward, one backward."""
+    def loss(self, x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Cross entropy of softcapped logits, targets (tokens, K) of which -1 does not count, weights (K,). Logits are
+        bounded, so exp cannot overflow and no pass for the maximum is needed: one read forward, one backward."""
+        a, b, c = self.cap
         logits = self.head(norm(x)).float()
-        logits = self.softcap * (2 * torch.sigmoid(2 / self.softcap * logits) - 1)  # = softcap · tanh(logits / softcap)
-        return (logits.exp().sum(-1).log() - logits.gather(1, targets[:, None])[:, 0]).mean()
+        logits = a * (torch.sigmoid((logits + b) * (1 / c)) - 0.5)  # - 0.5 changes no loss and halves what exp sees
+        losses = logits.exp().sum(-1, keepdim=True).log() - logits.gather(1, targets.clamp(min=0))
+        return (torch.where(targets >= 0, losses, 0) * weights).sum(-1).mean()
 
     def compile_parts(self) -> None:
         """torch.compile by parts: blocks of one kind share a graph, so compiling takes seconds and not minutes."""
@@ -478,11 +504,11 @@ def set_schedule(optimizer, step: int, s: Settings) -> None:
             group["momentum"] = momentum_at(step, s)
 
 
-def train_step(model: GPT, optimizer, batches, passes: int, windows: tuple[int, int], device: torch.device) -> None:
+def train_step(model: GPT, optimizer, batches, passes: int, windows: tuple[int, int], weights: Tensor, device) -> None:
     with part("forward and backward"):
         for _ in range(passes):
             batch = next(batches).to(device)
-            (model(batch.tokens, batch.targets, batch.cu_seqlens, windows) / passes).backward()
+            (model(batch.tokens, batch.targets, batch.cu_seqlens, windows, weights) / passes).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -490,10 +516,10 @@ def train_step(model: GPT, optimizer, batches, passes: int, windows: tuple[int, 
 @torch.no_grad()
 def validate(model: GPT, batches, windows: tuple[int, int], device: torch.device, world_size: int) -> float:
     """Mean loss over the validation tokens of all ranks."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total, weights = torch.zeros((), dtype=torch.float64, device=device), torch.ones(1, device=device)
     for batch in batches:
         batch = batch.to(device)
-        total += model(batch.tokens, batch.targets, batch.cu_seqlens, windows)
+        total += model(batch.tokens, batch.targets, batch.cu_seqlens, windows, weights)
     total /= len(batches)
     if world_size > 1:
         dist.all_reduce(total)
@@ -516,9 +542,10 @@ def warm_up(s: Settings, model: GPT, loader: TrainLoader, validation, device, wo
     optimizer = make_optimizer(s, model)
     sequences = batch_at(0, s) // s.sequence_length
     passes = sequences // world_size // s.sequences_at_once("batch_tokens", world_size)
+    weights = torch.tensor(prediction_weights_at(0, s), device=device)
     for windows in (windows_at(0, s), windows_at(s.steps, s)):  # a second value makes it symbolic in the graphs
         batches = (loader.batch(0, sequences, part, passes) for part in range(passes))
-        train_step(model, optimizer, batches, passes, windows, device)
+        train_step(model, optimizer, batches, passes, windows, weights, device)
         validate(model, validation[:1], windows, device, world_size)
     model.load_state_dict(before)
 
@@ -556,6 +583,7 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
         budget.say = record.line
     probes: dict[str, dict] = {}
     batches = loader.prefetch(requests(s, world_size), pin=device.type == "cuda")
+    weights = torch.tensor([prediction_weights_at(step, s) for step in range(s.steps)], device=device)
     clock = Clock(device)
     clock.start()
     for step in range(s.steps + 1):
@@ -575,7 +603,7 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
         if step == s.steps:
             break
         set_schedule(optimizer, step, s)
-        train_step(model, optimizer, batches, batch_at(step, s) // pass_tokens, windows, device)
+        train_step(model, optimizer, batches, batch_at(step, s) // pass_tokens, windows, weights[step], device)
         record.progress(step + 1, clock.running())
 
     extra = {"optimizer": s.optimizer} | {"amo": budget.commitment for budget in budgets(optimizer)}
@@ -586,7 +614,8 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
     if s.profile:
         again = (loader.batch(0, passes[-1] * at_once * world_size, part, passes[-1])
                  for part in itertools.cycle(range(passes[-1])))
-        table, extra["profile"] = profile_step(lambda: train_step(model, optimizer, again, passes[-1], windows, device))
+        table, extra["profile"] = profile_step(lambda: train_step(model, optimizer, again, passes[-1], windows,
+                                                                  weights[-1], device))
         record.line(table)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     record.finish(peak_memory_bytes=peak, extra=extra)

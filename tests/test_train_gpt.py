@@ -18,7 +18,8 @@ from data.shards import sha256, write_shard
 from optim import route
 from records.log import Record, parse_log, unpack_source
 from records.settings import SettingsError
-from train_gpt import GPT, PRESETS, Rotary, Settings, attention, blockwise_attention, lr_scale, momentum_at, windows_at
+from train_gpt import (GPT, PRESETS, Rotary, Settings, attention, blockwise_attention, lr_scale, momentum_at,
+                       prediction_weights_at, windows_at)
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 257  # bytes and the document token
@@ -280,6 +281,20 @@ def test_the_window_grows_in_eighths_to_the_whole(steps):
     assert {windows_at(step, Settings(steps=steps, window=2)) for step in range(steps)} == {(1, 2)}
 
 
+def test_the_weights_of_later_tokens_fall_to_zero_one_after_the_other():
+    s = Settings(steps=300, prediction_weights="1,0.5,0.25")
+    at = {step: prediction_weights_at(step, s) for step in (0, 50, 100, 150, 200, 299)}
+    assert at == {0: [1, 0.5, 0.25], 50: [1, 0.5, 0.125], 100: [1, 0.5, 0], 150: [1, 0.25, 0], 200: [1, 0, 0],
+                  299: [1, 0, 0]}
+    assert {weight for step in range(5) for weight in prediction_weights_at(step, Settings(steps=5))} == {1}
+
+
+def test_predicting_three_tokens_trains_on_them_and_validates_on_one(finished, data, tmp_path):
+    record = train(data, tmp_path, prediction_weights="1,0.5,0.25")
+    assert losses(record)[0] == losses(finished)[0] and losses(record)[1] != losses(finished)[1]
+    assert losses(record)[-1] < 4.5
+
+
 def test_windows_have_a_first_value_and_a_short_one():
     s = Settings(steps=80, window=1664, short_window=768, window_start=384)
     windows = [windows_at(step, s) for step in range(80)]
@@ -343,6 +358,10 @@ def test_processes_that_do_not_divide_the_batch_are_refused():
     (dict(width=100), "--width 100 must be a multiple of 4 × --heads 6"),
     (dict(value_embeddings=7), "--value-embeddings 7 needs at least twice as many --layers, not 12"),
     (dict(value_embeddings=-1), "--value-embeddings -1"),
+    (dict(logit_cap="15"), "--logit-cap 15 must be three numbers A,B,C"),
+    (dict(logit_cap="141,0,1"), "--logit-cap 141,0,1"), (dict(logit_cap="30,0,0"), "--logit-cap 30,0,0"),
+    (dict(prediction_weights="1,-1"), "--prediction-weights 1,-1 must not be negative"),
+    (dict(prediction_weights="0,1"), "--prediction-weights 0,1"),
     (dict(short_window=1793), "--short-window 1793 must be at most --window 1792"),
     (dict(window_start=3000), "--window-start 3000 must be at most --window 1792"),
     (dict(batch_schedule="1,half"), "--batch-schedule '1,half' expects numbers with commas between, such as 1"),
@@ -386,13 +405,13 @@ def test_every_parameter_of_the_record_model_is_routed_to_one_group_and_counted(
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 300.0])
 def test_the_loss_is_cross_entropy_of_softcapped_logits(scale):
-    s, model = model_of(softcap=7.0)
+    s, model = model_of(logit_cap="14,0,3.5")  # 7 · tanh(logit / 7)
     torch.manual_seed(1)
     x = torch.randn(50, 32, requires_grad=True)
     with torch.no_grad():
         model.head.weight.normal_(std=scale)
     targets = torch.randint(0, VOCABULARY, (50,))
-    loss = model.loss(x, targets)
+    loss = model.loss(x, targets[:, None], torch.ones(1))
     weight = model.head.weight.detach().double().requires_grad_()
     x64 = x.detach().double().requires_grad_()
     logits = F.rms_norm(x64, (32,)) @ weight.T
@@ -404,21 +423,40 @@ def test_the_loss_is_cross_entropy_of_softcapped_logits(scale):
         assert (found - wanted).norm() <= 2e-4 * wanted.norm()  # where a logit is saturated float32 keeps few digits
 
 
+def test_the_loss_weighs_the_next_tokens_and_caps_logits_off_centre():
+    s, model = model_of(logit_cap="23,5,7.5")
+    randomised(model)
+    streams, loss = [], model.loss
+    model.loss = lambda x, *rest: (streams.append(x), loss(x, *rest))[1]
+    tokens, targets = torch.randint(0, VOCABULARY, (2, 2, 128), generator=torch.Generator().manual_seed(1))
+    bounds = torch.tensor([0, 128, 256], dtype=torch.int32)
+    found = model(tokens, targets, bounds, (32, 64), torch.tensor([1.0, 0.5, 0.25])).item()
+    logits = F.rms_norm(streams[0].double(), (32,)) @ model.head.weight.double().T
+    logits = (23 * torch.sigmoid((logits + 5) / 7.5)).view(2, 128, -1)
+    expected = 0
+    for k, weight in enumerate((1, 0.5, 0.25)):
+        left = logits[:, :128 - k].flatten(0, 1), targets[:, k:].flatten()
+        expected += weight * F.cross_entropy(*left, reduction="sum") / 256
+    assert found == pytest.approx(expected.item(), rel=1e-6)
+    plain = model(tokens, targets, bounds, (32, 64), torch.ones(1)).item()
+    assert plain == pytest.approx(F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item(), rel=1e-6)
+
+
 def test_a_document_s_stream_through_the_model_depends_on_no_other_document_and_no_later_token():
     s, model = model_of(layers=4)  # one block of four has the full window
-    randomised(model).loss = lambda x, targets: x
+    randomised(model).loss = lambda x, targets, weights: x
     torch.manual_seed(2)
     tokens = torch.randint(0, VOCABULARY, (2, 128))
     bounds = torch.tensor([0, 50, 128, 200, 256], dtype=torch.int32)  # the second document: tokens 50 to 127
     here = torch.zeros(256, dtype=torch.bool)
     here[50:100] = True
     with torch.no_grad():
-        x = model(tokens, tokens, bounds, (32, 64))
+        x = model(tokens, tokens, bounds, (32, 64), torch.ones(1))
         other = torch.where(here, tokens.flatten(), torch.randint(0, VOCABULARY, (256,))).view(2, 128)
-        y = model(other, other, bounds, (32, 64))
+        y = model(other, other, bounds, (32, 64), torch.ones(1))
         torch.testing.assert_close(y[here], x[here], rtol=1e-6, atol=1e-6)
         assert (y[~here] != x[~here]).any(1).sum() > 150
-        merged = model(tokens, tokens, torch.tensor([0, 128, 200, 256], dtype=torch.int32), (32, 64))
+        merged = model(tokens, tokens, torch.tensor([0, 128, 200, 256], dtype=torch.int32), (32, 64), torch.ones(1))
         assert (merged[here] - x[here]).abs().max() > 1e-3  # without the boundary it would see the first document
 
 
