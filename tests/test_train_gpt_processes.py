@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_train_gpt import ROOT, arguments, data, losses, one_thread, only_record, read, train  # noqa: F401
+from test_train_gpt import ROOT, arguments, data, losses, only_record, read, train  # noqa: F401
 
 from records.log import parse_log
 
