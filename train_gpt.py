@@ -76,6 +76,8 @@ class Settings:
     short_window: int | None = option(None, "the same in the other blocks; none: half of --window", least=1)
     window_start: int | None = option(None, "--window of the first steps; none: an eighth of it", least=2)
     yarn: bool = option(False, "stretch slow rotations and sharpen attention as the window grows")
+    tied: float = option(0.0, "fraction of the run in which the head's weight embeds the tokens, too; their embedding "
+                         "then starts as a copy, at --head-lr", least=0, most=1)
     # training
     steps: int = option(1600, "optimizer steps", least=1)
     batch_tokens: int = option(524288, "tokens in a step, over all GPUs", least=1)
@@ -207,6 +209,12 @@ def windows_at(step: int, s: Settings) -> tuple[int, int]:
     grown = -(-8 * (min(step, s.steps - 1) + 1) // s.steps) - 1  # 0 … 7
     window = first_window(s) + (s.window - first_window(s)) * grown // 7
     return window // 2 if s.short_window is None else max(1, window * s.short_window // s.window), window
+
+
+def tied_at(step: int, s: Settings) -> bool:
+    """Is the token embedding still the head's weight? Its rare gradients gain from the head's dense ones at first, and
+    later both gain from going their own ways (modded-nanogpt)."""
+    return step < round(s.tied * s.steps)
 
 
 def prediction_weights_at(step: int, s: Settings) -> list[float]:
@@ -377,6 +385,9 @@ class GPT(nn.Module):
                                     for i in range(s.layers))
         self.wide = {i for i in range(s.layers) if i % 4 == 3} | {s.layers - 1}
         self.head = Linear(s.width, padded, zero=True)
+        self.tied = s.tied > 0
+        if self.tied:
+            nn.init.normal_(self.head.weight, std=0.005)
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, windows: tuple[int, int],
                 weights: Tensor) -> Tensor:
@@ -387,7 +398,7 @@ class GPT(nn.Module):
         """
         if self.compiled:
             torch._dynamo.mark_dynamic(cu_seqlens, 0)  # batches differ in their number of documents
-        x0, values = self.embed(tokens.flatten())
+        x0, values = self.embed(tokens.flatten(), self.head.weight if self.tied else self.tokens.weight)
         x, streams = x0, []
         for i, block in enumerate(self.blocks):
             skip = streams[self.skip_from[i]] if i in self.skip_from else None
@@ -397,8 +408,8 @@ class GPT(nn.Module):
         ahead = [F.pad(targets[:, k:], (0, k), value=-1).flatten() for k in range(len(weights))]
         return self.loss(x, torch.stack(ahead, dim=1), weights)
 
-    def embed(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return norm(self.tokens(tokens).to(self.dtype)), [table(tokens).to(self.dtype) for table in self.values]
+    def embed(self, tokens: Tensor, table: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return norm(F.embedding(tokens, table).to(self.dtype)), [value(tokens).to(self.dtype) for value in self.values]
 
     def loss(self, x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Cross entropy of softcapped logits, targets (tokens, K) of which -1 does not count, weights (K,). Logits are
@@ -492,8 +503,16 @@ def open_data(s: Settings, rank: int, world_size: int):
     return loader, validation
 
 
+def routed(s: Settings, model: GPT) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    groups = route(model)
+    if s.tied:  # then it learns as the head does, from the head's state on
+        groups["head"].append(next(member for member in groups["embedding"] if member[0] == "tokens.weight"))
+        groups["embedding"] = [member for member in groups["embedding"] if member[0] != "tokens.weight"]
+    return groups
+
+
 def make_optimizer(s: Settings, model: GPT):
-    return get_optimizer(s.optimizer, route(model), lr=s.lr, weight_decay=s.weight_decay, momentum=s.momentum,
+    return get_optimizer(s.optimizer, routed(s, model), lr=s.lr, weight_decay=s.weight_decay, momentum=s.momentum,
                          engine=s.engine, embedding_lr=s.embedding_lr, head_lr=s.head_lr, scalar_lr=s.scalar_lr)
 
 
@@ -502,6 +521,17 @@ def set_schedule(optimizer, step: int, s: Settings) -> None:
         group["lr"] = group["initial_lr"] * lr_scale(step, s)
         if "momentum" in group:
             group["momentum"] = momentum_at(step, s)
+
+
+@torch.no_grad()
+def untie(model: GPT, optimizer) -> None:
+    """From now on the token embedding is a parameter of its own, with the head's values and the head's moments."""
+    model.tied = False
+    head, tokens = model.head.weight, model.tokens.weight
+    tokens.copy_(head)
+    for one in optimizer.optimizers:
+        if head in one.state:
+            one.state[tokens] = {name: value.clone() for name, value in one.state[head].items()}
 
 
 def train_step(model: GPT, optimizer, batches, passes: int, windows: tuple[int, int], weights: Tensor, device) -> None:
@@ -543,11 +573,14 @@ def warm_up(s: Settings, model: GPT, loader: TrainLoader, validation, device, wo
     sequences = batch_at(0, s) // s.sequence_length
     passes = sequences // world_size // s.sequences_at_once("batch_tokens", world_size)
     weights = torch.tensor(prediction_weights_at(0, s), device=device)
-    for windows in (windows_at(0, s), windows_at(s.steps, s)):  # a second value makes it symbolic in the graphs
+    for step in (0, s.steps):
+        model.tied = tied_at(step, s)
+        windows = windows_at(step, s)  # a second value makes it symbolic in the graphs
         batches = (loader.batch(0, sequences, part, passes) for part in range(passes))
         train_step(model, optimizer, batches, passes, windows, weights, device)
         validate(model, validation[:1], windows, device, world_size)
     model.load_state_dict(before)
+    model.tied = s.tied > 0
 
 
 def train(s: Settings, device: torch.device, rank: int, world_size: int, started: list[Record]) -> None:
@@ -565,7 +598,7 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
     torch.manual_seed(s.seed)
     with torch.device(device):
         model = GPT(s)
-    record.line(route_table(route(model)))
+    record.line(route_table(routed(s, model)))
     passes = [size // pass_tokens for size in s.batch_sizes()]
     record.line(f"seed {s.seed}, {world_size} process{'es' * (world_size > 1)} on {device.type}, "
                 f"{', '.join(map(str, passes))} pass{'es' * (max(passes) > 1)} of {pass_tokens // world_size} tokens a "
@@ -602,6 +635,8 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
             clock.start()
         if step == s.steps:
             break
+        if model.tied and not tied_at(step, s):
+            untie(model, optimizer)
         set_schedule(optimizer, step, s)
         train_step(model, optimizer, batches, batch_at(step, s) // pass_tokens, windows, weights[step], device)
         record.progress(step + 1, clock.running())

@@ -247,6 +247,45 @@ def test_a_batch_schedule_changes_batches_rates_and_tokens_and_no_sequence(data,
     assert losses(other) == pytest.approx(losses(one), rel=1e-5)
 
 
+def test_the_head_is_the_embedding_until_they_part_and_then_both_learn(data, tmp_path, monkeypatch):
+    seen, step = [], train_gpt.train_step
+
+    def spy(model, optimizer, *rest):
+        before = model.tokens.weight.clone(), model.head.weight.clone()
+        step(model, optimizer, *rest)
+        moved = [not torch.equal(p, q) for p, q in zip((model.tokens.weight, model.head.weight), before)]
+        states = [state for one in optimizer.optimizers for p, state in one.state.items()
+                  if p is model.tokens.weight or p is model.head.weight]
+        seen.append((model.tied, *moved, torch.equal(*before), [int(state["step"]) for state in states]))
+
+    monkeypatch.setattr(train_gpt, "train_step", spy)
+    record = train(data, tmp_path, tied=0.5, steps=8)
+    # two of warm-up; then the embedding rests, starts as the head, and goes on with the head's state
+    assert seen[:2] == [(True, False, True, False, [1]), (False, True, True, False, [2, 1])]
+    assert seen[2:] == [*((True, False, True, False, [count]) for count in (1, 2, 3, 4)),
+                        (False, True, True, True, [5, 5]),
+                        *((False, True, True, False, [count] * 2) for count in (6, 7, 8))]
+    assert 0 < abs(losses(record)[0] - math.log(384)) < 0.05  # the head is not zero, but small
+    assert losses(record)[-1] < losses(record)[0] - 0.5
+    s, model = model_of(tied=0.5)
+    assert {name for name, _ in train_gpt.routed(s, model)["head"]} == {"head.weight", "tokens.weight"}
+
+
+def test_a_tied_head_s_gradient_is_the_sum_of_both_uses():
+    s, model = model_of(tied=1.0)
+    randomised(model)
+    tokens = torch.randint(0, VOCABULARY, (2, 128))
+    inputs = tokens, tokens.flip(1), torch.tensor([0, 128, 256], dtype=torch.int32), (32, 64), torch.ones(1)
+    model(*inputs).backward()
+    assert model.tokens.weight.grad is None
+    both, model.head.weight.grad, model.tied = model.head.weight.grad, None, False
+    with torch.no_grad():
+        model.tokens.weight.copy_(model.head.weight)
+    model(*inputs).backward()
+    torch.testing.assert_close(both, model.head.weight.grad + model.tokens.weight.grad)
+    assert model.tokens.weight.grad.any()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings and schedules
 

@@ -125,7 +125,8 @@ def test_too_few_validation_tokens_say_how_many_there_are(fails, shards):
     (dict(device_batch_tokens=64), "--device-batch-tokens 64 is less than one sequence"),
     # what would divide by zero, or turn training upside down
     (dict(heads=0), "--heads 0"), (dict(heads=-2), "--heads -2"), (dict(width=0), "--width 0"),
-    (dict(layers=0, value_embeddings=0), "--layers 0"), (dict(logit_cap="nan,0,1"), "--logit-cap 'nan,0,1' expects numbers"),
+    (dict(layers=0, value_embeddings=0), "--layers 0"),
+    (dict(logit_cap="nan,0,1"), "--logit-cap 'nan,0,1' expects numbers"),
     (dict(vocab_size=1), "--vocab-size 1"), (dict(vocab_size=70000), "--vocab-size 70000"),
     (dict(max_document=0), "--max-document 0"), (dict(seed=-1), "--seed -1"), (dict(momentum=1.5), "--momentum 1.5"),
     (dict(lr=-0.5), "--lr -0.5"), (dict(embedding_lr=-1), "--embedding-lr -1"), (dict(target="inf"), "--target inf"),
