@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import fineweb, local_text, shards
-from data.shards import DataError, TrainLoader, validation_batches
+from data.shards import DataError, TrainLoader, document_token, validation_batches
 from optim import OPTIMIZERS, NonFiniteError, budgets, get_optimizer, route, route_table
 from optim.parts import part
 from optim.probe import probe
@@ -70,6 +70,8 @@ class Settings:
     heads: int = option(6, "attention heads", least=1)
     width: int = option(768, "residual stream; 4 × width in the MLPs", least=1)
     value_embeddings: int = option(3, "embeddings added to the values of the first and last so many blocks", least=0)
+    bigram: int = option(0, "rows of the embedding of a token with the one before it, hashed; 0: none", least=0,
+                         most=2**31)
     logit_cap: str = option("30,0,7.5", "A, B, C: logits become A · sigmoid((logit + B) / C), at most A apart")
     window: int = option(1792, "tokens that attention looks back over in the end, in every fourth and the last block",
                          least=2)
@@ -275,6 +277,19 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+def starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """(tokens,) bool: does a document start here?"""
+    first = torch.zeros(tokens, dtype=torch.bool, device=cu_seqlens.device)
+    return first.index_fill(0, cu_seqlens[:-1].long(), True)
+
+
+def pair_rows(before: Tensor, tokens: Tensor, rows: int) -> Tensor:
+    """The row, int64, of each pair of tokens below 2¹⁶: 32 bits of a hash (Knuth's multiplication by 2³² / golden
+    ratio, then a step of MurmurHash3's finaliser), scaled to the rows. What overflows int64 is masked away."""
+    mixed = (before << 16 | tokens) * 2654435769 & 0xFFFFFFFF
+    return ((mixed ^ mixed >> 15) * 2246822507 & 0xFFFFFFFF) * rows >> 32
+
+
 class Linear(nn.Linear):
     """No bias; float32 weight, product in the dtype of the input. Uniform with a standard deviation of ½ / √inputs."""
 
@@ -348,20 +363,24 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x: residual stream; x0: the embedding it began with; skip: the stream at the mirrored block of the first half."""
+    """x: residual stream; x0: the embedding it began with; bigram: that of pairs of tokens; skip: the stream at the
+    mirrored block of the first half."""
 
     def __init__(self, s: Settings, rotary: Rotary, value_embedding: bool, skip: bool):
         super().__init__()
         self.attention, self.mlp = Attention(s, rotary, value_embedding), MLP(s.width)
         self.embedding_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
         self.skip_weight = nn.Parameter(torch.tensor([1.0])) if skip else None
+        self.bigram_weight = nn.Parameter(torch.tensor([0.1])) if s.bigram else None
 
-    def forward(self, x: Tensor, x0: Tensor, skip: Tensor | None, value: Tensor | None, cu_seqlens: Tensor,
-                window: int) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, bigram: Tensor | None, skip: Tensor | None, value: Tensor | None,
+                cu_seqlens: Tensor, window: int) -> Tensor:
         if skip is not None:
             x = x + self.skip_weight.to(x.dtype) * skip
         mix = self.embedding_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
+        if bigram is not None:
+            x = x + self.bigram_weight.to(x.dtype) * bigram
         x = x + self.attention(norm(x), value, cu_seqlens, window)
         return x + self.mlp(norm(x))
 
@@ -388,6 +407,8 @@ class GPT(nn.Module):
         self.tied = s.tied > 0
         if self.tied:
             nn.init.normal_(self.head.weight, std=0.005)
+        self.document = document_token(s.vocab_size)
+        self.bigram = nn.Embedding.from_pretrained(torch.zeros(s.bigram, s.width), freeze=False) if s.bigram else None
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, windows: tuple[int, int],
                 weights: Tensor) -> Tensor:
@@ -398,18 +419,24 @@ class GPT(nn.Module):
         """
         if self.compiled:
             torch._dynamo.mark_dynamic(cu_seqlens, 0)  # batches differ in their number of documents
-        x0, values = self.embed(tokens.flatten(), self.head.weight if self.tied else self.tokens.weight)
+        table = self.head.weight if self.tied else self.tokens.weight
+        x0, bigram, values = self.embed(tokens.flatten(), table, cu_seqlens)
         x, streams = x0, []
         for i, block in enumerate(self.blocks):
             skip = streams[self.skip_from[i]] if i in self.skip_from else None
             value = values[self.value_of[i]] if i in self.value_of else None
-            x = block(x, x0, skip, value, cu_seqlens, windows[i in self.wide])
+            x = block(x, x0, bigram, skip, value, cu_seqlens, windows[i in self.wide])
             streams.append(x)
         ahead = [F.pad(targets[:, k:], (0, k), value=-1).flatten() for k in range(len(weights))]
         return self.loss(x, torch.stack(ahead, dim=1), weights)
 
-    def embed(self, tokens: Tensor, table: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return norm(F.embedding(tokens, table).to(self.dtype)), [value(tokens).to(self.dtype) for value in self.values]
+    def embed(self, tokens: Tensor, table: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Embeddings of tokens, of pairs of tokens, and for the values. table (padded vocabulary, width): of tokens."""
+        x, bigram = F.embedding(tokens, table).to(self.dtype), None
+        if self.bigram is not None:  # (modded-nanogpt); before a document there is the document token
+            before = torch.where(starts(cu_seqlens, tokens.numel()), self.document, tokens.roll(1))
+            bigram = self.bigram(pair_rows(before, tokens, self.bigram.num_embeddings)).to(self.dtype)
+        return norm(x), bigram, [value(tokens).to(self.dtype) for value in self.values]
 
     def loss(self, x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Cross entropy of softcapped logits, targets (tokens, K) of which -1 does not count, weights (K,). Logits are

@@ -481,8 +481,42 @@ def test_the_loss_weighs_the_next_tokens_and_caps_logits_off_centre():
     assert plain == pytest.approx(F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item(), rel=1e-6)
 
 
-def test_a_document_s_stream_through_the_model_depends_on_no_other_document_and_no_later_token():
-    s, model = model_of(layers=4)  # one block of four has the full window
+def pair_row(before: int, token: int, rows: int) -> int:
+    mixed = (before * 65536 + token) * 2654435769 % 2**32
+    return (mixed ^ mixed // 2**15) * 2246822507 % 2**32 * rows // 2**32
+
+
+def test_pairs_of_tokens_spread_over_all_rows_as_at_random():
+    for start, end, stride in ((0, 200, 1), (0, 65536, 613), (65336, 65536, 1)):
+        before, tokens = torch.meshgrid(*2 * [torch.arange(start, end, stride)], indexing="ij")
+        for rows in (97, 1000, 251520):
+            row = train_gpt.pair_rows(before.flatten(), tokens.flatten(), rows)
+            counts = torch.bincount(row, minlength=rows).double()
+            assert counts.numel() == rows
+            assert counts.var() == pytest.approx(row.numel() / rows, rel=0.35)  # Poisson: the variance is the mean
+        assert row[-1] == pair_row(int(before[-1, -1]), int(tokens[-1, -1]), 251520)
+
+
+def test_the_bigram_embedding_is_of_a_token_and_the_one_before_it_in_its_document():
+    s, model = model_of(bigram=500)
+    with torch.no_grad():
+        model.bigram.weight.normal_()
+    tokens = torch.randint(0, VOCABULARY, (256,), generator=torch.Generator().manual_seed(1))
+    _, bigram, _ = model.embed(tokens, model.tokens.weight, torch.tensor([0, 50, 128, 256], dtype=torch.int32))
+    for i in (0, 1, 49, 50, 51, 127, 128, 255):
+        other = VOCABULARY - 1 if i in (0, 50, 128) else int(tokens[i - 1])
+        assert torch.equal(bigram[i], model.bigram.weight[pair_row(other, int(tokens[i]), 500)])
+    assert "bigram.weight" in {name for name, _ in route(model)["embedding"]}
+
+
+def test_a_run_learns_with_a_bigram_embedding_that_starts_as_nothing(finished, data, tmp_path):
+    record = train(data, tmp_path, bigram=1000)
+    assert losses(record)[0] == losses(finished)[0] and losses(record)[-1] < losses(finished)[-1]
+
+
+@pytest.mark.parametrize("parts", [{}, dict(bigram=500)])
+def test_a_document_s_stream_through_the_model_depends_on_no_other_document_and_no_later_token(parts):
+    s, model = model_of(layers=4, **parts)  # one block of four has the full window
     randomised(model).loss = lambda x, targets, weights: x
     torch.manual_seed(2)
     tokens = torch.randint(0, VOCABULARY, (2, 128))
