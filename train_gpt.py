@@ -72,6 +72,12 @@ class Settings:
     value_embeddings: int = option(3, "embeddings added to the values of the first and last so many blocks", least=0)
     bigram: int = option(0, "rows of the embedding of a token with the one before it, hashed; 0: none", least=0,
                          most=2**31)
+    smear: bool = option(False, "a gate lets each token's embedding have some of the one before")
+    attention_gates: str = option("none", "a gate for each head's output: in no block, in those of the whole window, "
+                                  "in all", choices=("none", "wide", "all"))
+    value_gates: bool = option(False, "a gate for each head's value embedding")
+    skip_gates: bool = option(False, "a gate for each skip")
+    backout: bool = option(False, "take some of the stream at two thirds of the blocks away before the head")
     logit_cap: str = option("30,0,7.5", "A, B, C: logits become A · sigmoid((logit + B) / C), at most A apart")
     window: int = option(1792, "tokens that attention looks back over in the end, in every fourth and the last block",
                          least=2)
@@ -334,13 +340,28 @@ class Rotary(nn.Module):
         return torch.cat(turned, dim=-1).view(x.shape).to(x.dtype)
 
 
+class Gate(nn.Module):
+    """Factors that start at 1, (tokens, outputs): 2 · sigmoid of a linear map of a token's first channels. Cheap, as a
+    gate of all channels is not (modded-nanogpt)."""
+
+    def __init__(self, width: int, outputs: int):
+        super().__init__()
+        self.channels = min(12, width)
+        self.weight = nn.Parameter(torch.zeros(outputs * self.channels))  # a vector, because it is not for Muon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * torch.sigmoid(F.linear(x[:, :self.channels], self.weight.view(-1, self.channels).to(x.dtype)))
+
+
 class Attention(nn.Module):
-    def __init__(self, s: Settings, rotary: Rotary, value_embedding: bool):
+    def __init__(self, s: Settings, rotary: Rotary, value_embedding: bool, gated: bool):
         super().__init__()
         self.heads, self.max_document, self.rotary = s.heads, s.max_document, rotary
         self.q, self.k, self.v = (Linear(s.width, s.width) for _ in range(3))
         self.o = Linear(s.width, s.width, zero=True)
         self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if value_embedding else None
+        self.value_gate = Gate(s.width, s.heads) if value_embedding and s.value_gates else None
+        self.gate = Gate(s.width, s.heads) if gated else None
 
     def forward(self, x: Tensor, value: Tensor | None, cu_seqlens: Tensor, window: int) -> Tensor:
         weight = torch.cat([self.q.weight, self.k.weight, self.v.weight]).to(x.dtype)  # one product instead of three
@@ -348,8 +369,13 @@ class Attention(nn.Module):
         q, k = self.rotary(norm(q)), self.rotary(norm(k))
         if value is not None:
             mix = self.value_mix.to(x.dtype)
-            v = mix[0] * v + mix[1] * value.view_as(v)
+            value = value.view_as(v)
+            if self.value_gate is not None:
+                value = self.value_gate(x)[:, :, None] * value
+            v = mix[0] * v + mix[1] * value
         y = attention(q, k, v.contiguous(), cu_seqlens, self.max_document, window, scale=0.12)  # of unit-norm q and k
+        if self.gate is not None:
+            y = y * self.gate(x)[:, :, None]
         return self.o(y.reshape(x.shape))
 
 
@@ -366,17 +392,20 @@ class Block(nn.Module):
     """x: residual stream; x0: the embedding it began with; bigram: that of pairs of tokens; skip: the stream at the
     mirrored block of the first half."""
 
-    def __init__(self, s: Settings, rotary: Rotary, value_embedding: bool, skip: bool):
+    def __init__(self, s: Settings, rotary: Rotary, value_embedding: bool, skip: bool, wide: bool):
         super().__init__()
-        self.attention, self.mlp = Attention(s, rotary, value_embedding), MLP(s.width)
+        gated = s.attention_gates == "all" or wide and s.attention_gates == "wide"
+        self.attention, self.mlp = Attention(s, rotary, value_embedding, gated), MLP(s.width)
         self.embedding_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
         self.skip_weight = nn.Parameter(torch.tensor([1.0])) if skip else None
+        self.skip_gate = Gate(s.width, 1) if skip and s.skip_gates else None
         self.bigram_weight = nn.Parameter(torch.tensor([0.1])) if s.bigram else None
 
     def forward(self, x: Tensor, x0: Tensor, bigram: Tensor | None, skip: Tensor | None, value: Tensor | None,
                 cu_seqlens: Tensor, window: int) -> Tensor:
         if skip is not None:
-            x = x + self.skip_weight.to(x.dtype) * skip
+            weight = self.skip_weight.to(x.dtype)
+            x = x + (weight if self.skip_gate is None else weight * self.skip_gate(x0)) * skip
         mix = self.embedding_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
         if bigram is not None:
@@ -400,15 +429,17 @@ class GPT(nn.Module):
         self.value_of |= {s.layers - s.value_embeddings + i: i for i in range(s.value_embeddings)}
         # block of the second half -> its mirror; of an even number the middle two are neighbours and need no skip
         self.skip_from = {s.layers - 1 - i: i for i in range((s.layers - 1) // 2)}
-        self.blocks = nn.ModuleList(Block(s, self.rotary, i in self.value_of, i in self.skip_from)
-                                    for i in range(s.layers))
         self.wide = {i for i in range(s.layers) if i % 4 == 3} | {s.layers - 1}
+        self.blocks = nn.ModuleList(Block(s, self.rotary, i in self.value_of, i in self.skip_from, i in self.wide)
+                                    for i in range(s.layers))
         self.head = Linear(s.width, padded, zero=True)
         self.tied = s.tied > 0
         if self.tied:
             nn.init.normal_(self.head.weight, std=0.005)
         self.document = document_token(s.vocab_size)
         self.bigram = nn.Embedding.from_pretrained(torch.zeros(s.bigram, s.width), freeze=False) if s.bigram else None
+        self.smear, self.smear_gate = (nn.Parameter(torch.zeros(1)), Gate(s.width, 1)) if s.smear else (None, None)
+        self.backout = nn.Parameter(torch.tensor([0.5])) if s.backout else None
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, windows: tuple[int, int],
                 weights: Tensor) -> Tensor:
@@ -428,19 +459,27 @@ class GPT(nn.Module):
             x = block(x, x0, bigram, skip, value, cu_seqlens, windows[i in self.wide])
             streams.append(x)
         ahead = [F.pad(targets[:, k:], (0, k), value=-1).flatten() for k in range(len(weights))]
-        return self.loss(x, torch.stack(ahead, dim=1), weights)
+        early = None if self.backout is None else streams[2 * len(streams) // 3]
+        return self.loss(x, early, torch.stack(ahead, dim=1), weights)
 
     def embed(self, tokens: Tensor, table: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Embeddings of tokens, of pairs of tokens, and for the values. table (padded vocabulary, width): of tokens."""
         x, bigram = F.embedding(tokens, table).to(self.dtype), None
+        if self.smear is not None:
+            before = x.roll(1, 0).masked_fill(starts(cu_seqlens, tokens.numel())[:, None], 0)
+            x = x + self.smear.to(x.dtype) * self.smear_gate(x) * before
         if self.bigram is not None:  # (modded-nanogpt); before a document there is the document token
             before = torch.where(starts(cu_seqlens, tokens.numel()), self.document, tokens.roll(1))
             bigram = self.bigram(pair_rows(before, tokens, self.bigram.num_embeddings)).to(self.dtype)
         return norm(x), bigram, [value(tokens).to(self.dtype) for value in self.values]
 
-    def loss(self, x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def loss(self, x: Tensor, early: Tensor | None, targets: Tensor, weights: Tensor) -> Tensor:
         """Cross entropy of softcapped logits, targets (tokens, K) of which -1 does not count, weights (K,). Logits are
-        bounded, so exp cannot overflow and no pass for the maximum is needed: one read forward, one backward."""
+        bounded, so exp cannot overflow and no pass for the maximum is needed: one read forward, one backward.
+
+        early: a stream of which some was of use to blocks only, and not to the head: backout (modded-nanogpt)."""
+        if early is not None:
+            x = x - self.backout.to(x.dtype) * early
         a, b, c = self.cap
         logits = self.head(norm(x)).float()
         logits = a * (torch.sigmoid((logits + b) * (1 / c)) - 0.5)  # - 0.5 changes no loss and halves what exp sees

@@ -450,7 +450,7 @@ def test_the_loss_is_cross_entropy_of_softcapped_logits(scale):
     with torch.no_grad():
         model.head.weight.normal_(std=scale)
     targets = torch.randint(0, VOCABULARY, (50,))
-    loss = model.loss(x, targets[:, None], torch.ones(1))
+    loss = model.loss(x, None, targets[:, None], torch.ones(1))
     weight = model.head.weight.detach().double().requires_grad_()
     x64 = x.detach().double().requires_grad_()
     logits = F.rms_norm(x64, (32,)) @ weight.T
@@ -514,10 +514,64 @@ def test_a_run_learns_with_a_bigram_embedding_that_starts_as_nothing(finished, d
     assert losses(record)[0] == losses(finished)[0] and losses(record)[-1] < losses(finished)[-1]
 
 
-@pytest.mark.parametrize("parts", [{}, dict(bigram=500)])
+GATES = dict(smear=True, attention_gates="all", value_gates=True, skip_gates=True, backout=True)
+
+
+@pytest.mark.parametrize("part", GATES)
+def test_a_gate_starts_without_effect_and_learns(part):
+    torch.manual_seed(1)
+    tokens, targets = torch.randint(0, VOCABULARY, (2, 2, 128))
+    inputs = tokens, targets, torch.tensor([0, 50, 128, 256], dtype=torch.int32), (32, 64), torch.ones(1)
+    _, plain = model_of(layers=6)
+    randomised(plain)
+    s, model = model_of(layers=6, **{part: GATES[part]})
+    new = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert new and set(new) <= {name for name, _ in route(model)["scalar"]}
+    if part == "backout":
+        assert model(*inputs).item() != plain(*inputs).item()
+        model.backout.data.zero_()
+    model(*inputs).backward()
+    assert model(*inputs).item() == plain(*inputs).item()
+    learning = {name for name, p in model.named_parameters() if name in new and p.grad.any()}
+    assert learning == set(new) - {"smear_gate.weight"}  # which is multiplied by smear = 0
+
+
+def test_a_gate_scales_a_head_s_output_and_its_value_embedding():
+    s, model = model_of(attention_gates="all", value_gates=True)
+    attention, bounds = randomised(model).blocks[0].attention, torch.tensor([0, 100, 256], dtype=torch.int32)
+    x, value = torch.randn(2, 256, 32)
+    attention.o.weight.data = torch.eye(32)
+    factors = 2 * torch.sigmoid(x[:, :12] @ attention.gate.weight.view(2, 12).T).repeat_interleave(16, dim=1)
+    values = 2 * torch.sigmoid(x[:, :12] @ attention.value_gate.weight.view(2, 12).T).repeat_interleave(16, dim=1)
+    found = attention(x, value, bounds, 64)
+    attention.gate = attention.value_gate = None
+    torch.testing.assert_close(found, factors * attention(x, values * value, bounds, 64))
+
+
+def test_gates_for_wide_blocks_alone_are_in_every_fourth_and_the_last():
+    _, model = model_of(layers=6, attention_gates="wide")
+    assert [i for i, block in enumerate(model.blocks) if block.attention.gate is not None] == [3, 5]
+
+
+def test_smear_adds_the_embedding_before_within_the_document():
+    s, model = model_of(smear=True)
+    randomised(model)
+    tokens, bounds = torch.randint(0, VOCABULARY, (256,)), torch.tensor([0, 100, 256], dtype=torch.int32)
+    x = model.tokens.weight[tokens]
+    before = torch.cat([x[:1] * 0, x[:-1]])
+    before[100] = 0
+    expected = x + model.smear * 2 * torch.sigmoid(x[:, :12] @ model.smear_gate.weight)[:, None] * before
+    torch.testing.assert_close(model.embed(tokens, model.tokens.weight, bounds)[0], F.rms_norm(expected, (32,)))
+
+
+def test_a_run_with_all_gates_learns(data, tmp_path):
+    assert losses(train(data, tmp_path, layers=4, **GATES))[-1] < 4.5
+
+
+@pytest.mark.parametrize("parts", [{}, GATES | dict(bigram=500)])
 def test_a_document_s_stream_through_the_model_depends_on_no_other_document_and_no_later_token(parts):
     s, model = model_of(layers=4, **parts)  # one block of four has the full window
-    randomised(model).loss = lambda x, targets, weights: x
+    randomised(model).loss = lambda x, *rest: x
     torch.manual_seed(2)
     tokens = torch.randint(0, VOCABULARY, (2, 128))
     bounds = torch.tensor([0, 50, 128, 200, 256], dtype=torch.int32)  # the second document: tokens 50 to 127
