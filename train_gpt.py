@@ -97,7 +97,10 @@ class Settings:
     engine: str = option("auto", "orthogonalise with the fused kernels (auto: where they run) or in plain torch",
                          choices=("auto", "fused", "eager"))
     lr: float = option(0.05, "of the matrices", least=0)
-    weight_decay: float = option(0.0, "of the matrices, decoupled: times lr in each step", least=0)
+    weight_decay: float = option(0.0, "of the matrices, decoupled: times lr in each step, and scheduled like it",
+                                 least=0)
+    cautious: bool = option(False, "weight decay only where it does what the update does")
+    row_normalize: bool = option(False, "NorMuon: rows of the matrices' updates have one size over time")
     momentum: float = option(0.95, "of the matrices, after --momentum-warmup steps from 0.85", least=0, most=0.9999)
     momentum_warmup: int = option(300, "steps", least=0)
     prediction_weights: str = option("1", "of the losses of the next, second, … token at first; all but the first fall "
@@ -105,6 +108,7 @@ class Settings:
     embedding_lr: float = option(0.3, "Adam, for token and value embeddings", least=0)
     head_lr: float = option(0.008, "Adam, for the output head", least=0)
     scalar_lr: float = option(0.015, "Adam, for the mixing weights of blocks", least=0)
+    adam_every: int = option(1, "steps from one update by Adam to the next, gradients adding up", least=1)
     cooldown: float = option(0.5, "learning rates fall linearly over this last fraction of training", least=0, most=1)
     final_lr: float = option(0.05, "fraction of the learning rates that the cooldown ends at", least=0, most=1)
     # what else to keep
@@ -125,6 +129,9 @@ class Settings:
                                 f"not {self.layers}")
         if min(self.numbers("batch_schedule")) <= 0:
             raise SettingsError(f"--batch-schedule {self.batch_schedule}: sizes of a batch must be more than 0")
+        if self.optimizer == "adamw" and (self.cautious or self.row_normalize or self.adam_every > 1):
+            raise SettingsError("--cautious, --row-normalize and --adam-every need an --optimizer that leaves the "
+                                "matrices to Muon, not adamw")
         cap, weights = self.numbers("logit_cap"), self.numbers("prediction_weights")
         if len(cap) != 3 or not 0 < cap[0] <= 140 or not cap[2] > 0:
             raise SettingsError(f"--logit-cap {self.logit_cap} must be three numbers A,B,C with 0 < A <= 140 (or exp "
@@ -578,13 +585,16 @@ def routed(s: Settings, model: GPT) -> dict[str, list[tuple[str, nn.Parameter]]]
 
 
 def make_optimizer(s: Settings, model: GPT):
+    options = {name: True for name in ("cautious", "row_normalize") if getattr(s, name)}  # some recipes have their own
     return get_optimizer(s.optimizer, routed(s, model), lr=s.lr, weight_decay=s.weight_decay, momentum=s.momentum,
-                         engine=s.engine, embedding_lr=s.embedding_lr, head_lr=s.head_lr, scalar_lr=s.scalar_lr)
+                         engine=s.engine, embedding_lr=s.embedding_lr, head_lr=s.head_lr, scalar_lr=s.scalar_lr,
+                         adam_every=s.adam_every, **options)
 
 
 def set_schedule(optimizer, step: int, s: Settings) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * lr_scale(step, s)
+        for name in ("lr", "weight_decay"):
+            group[name] = group["initial_" + name] * lr_scale(step, s)
         if "momentum" in group:
             group["momentum"] = momentum_at(step, s)
 
@@ -677,7 +687,7 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
 
     optimizer = make_optimizer(s, model)
     for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
+        group |= {"initial_lr": group["lr"], "initial_weight_decay": group["weight_decay"]}
     for budget in budgets(optimizer):  # AMO's table goes into the log, too
         budget.say = record.line
     probes: dict[str, dict] = {}

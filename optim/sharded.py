@@ -8,10 +8,16 @@ from .finite import FiniteCheck
 
 
 class ShardedOptimizer(Optimizer):
-    """A torch optimizer whose subclass writes `_update`, one step over all its groups, and reads `ranks`, `steps`."""
+    """A torch optimizer whose subclass writes `_update`, one step over all its groups, and reads `ranks`, `steps`.
 
-    def __init__(self, params, defaults: dict, process_group=None):
+    every: only each so manieth step updates; the steps between leave the gradients to add up, and zero_grad() with them.
+    """
+
+    def __init__(self, params, defaults: dict, process_group=None, every: int = 1):
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
         super().__init__(params, defaults)
+        self.every = every
         self.ranks = Ranks(process_group)
         self.finite = FiniteCheck(self.ranks)
         self.steps = 0
@@ -25,8 +31,13 @@ class ShardedOptimizer(Optimizer):
                 loss = closure()
         self.finite.poll(before=self.steps)
         self.steps += 1
-        self._update()
+        if self.steps % self.every == 0:
+            self._update()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if self.steps % self.every == 0:
+            super().zero_grad(set_to_none)
 
     def _update(self) -> None:
         raise NotImplementedError

@@ -286,6 +286,38 @@ def test_a_tied_head_s_gradient_is_the_sum_of_both_uses():
     assert model.tokens.weight.grad.any()
 
 
+def test_adam_every_second_step_leaves_everything_but_the_matrices_in_between(data, tmp_path, monkeypatch):
+    moved, step = [], train_gpt.train_step
+
+    def spy(model, optimizer, *rest):
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        step(model, optimizer, *rest)
+        moved.append({kind: any(not torch.equal(p, before[name]) for name, p in members)
+                      for kind, members in route(model).items()})
+
+    monkeypatch.setattr(train_gpt, "train_step", spy)
+    record = train(data, tmp_path, adam_every=2, steps=12)
+    moved = moved[4:]  # two of warm-up, and two until the head is not zero
+    assert len(moved) == 10 and all(step["matrix"] for step in moved)
+    for kind in ("embedding", "head", "scalar"):
+        assert [step[kind] for step in moved] == [False, True] * 5, kind
+    assert losses(record)[-1] < 5.5
+
+
+def test_weight_decay_follows_the_learning_rate_and_the_options_of_muon_arrive():
+    s, model = model_of(weight_decay=0.1, cautious=True, row_normalize=True, steps=10, cooldown=1.0, final_lr=0)
+    optimizer = train_gpt.make_optimizer(s, model)
+    for group in optimizer.param_groups:
+        group |= {"initial_lr": group["lr"], "initial_weight_decay": group["weight_decay"]}
+    train_gpt.set_schedule(optimizer, 4, s)
+    [muon] = [group for group in optimizer.param_groups if group["kind"] == "matrix"]
+    assert muon["lr"] == pytest.approx(0.6 * s.lr) and muon["weight_decay"] == pytest.approx(0.06)
+    assert muon["cautious"] and muon["row_normalize"]
+    _, model = model_of()
+    plain = train_gpt.make_optimizer(Settings(optimizer="normuon"), model).param_groups[0]
+    assert not plain["cautious"] and plain["row_normalize"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings and schedules
 
@@ -397,7 +429,8 @@ def test_processes_that_do_not_divide_the_batch_are_refused():
     (dict(width=100), "--width 100 must be a multiple of 4 × --heads 6"),
     (dict(value_embeddings=7), "--value-embeddings 7 needs at least twice as many --layers, not 12"),
     (dict(value_embeddings=-1), "--value-embeddings -1"),
-    (dict(logit_cap="15"), "--logit-cap 15 must be three numbers A,B,C"),
+    (dict(adam_every=2, optimizer="adamw"), "--adam-every need an --optimizer"),
+    (dict(adam_every=0), "--adam-every 0"), (dict(logit_cap="15"), "--logit-cap 15 must be three numbers A,B,C"),
     (dict(logit_cap="141,0,1"), "--logit-cap 141,0,1"), (dict(logit_cap="30,0,0"), "--logit-cap 30,0,0"),
     (dict(prediction_weights="1,-1"), "--prediction-weights 1,-1 must not be negative"),
     (dict(prediction_weights="0,1"), "--prediction-weights 0,1"),
