@@ -72,6 +72,10 @@ class Settings:
     value_embeddings: int = option(3, "embeddings added to the values of the first and last so many blocks", least=0)
     bigram: int = option(0, "rows of the embedding of a token with the one before it, hashed; 0: none", least=0,
                          most=2**31)
+    paired_blocks: str | None = option(None, "blocks, such as 0,2,5, in which a head attends to its partner's keys, "
+                                       "too, half as far back")
+    mlp_blocks: str | None = option(None, "blocks, such as 6, without attention")
+    key_shift: bool = option(False, "in blocks of the whole window, half of a key is that of the token before")
     smear: bool = option(False, "a gate lets each token's embedding have some of the one before")
     attention_gates: str = option("none", "a gate for each head's output: in no block, in those of the whole window, "
                                   "in all", choices=("none", "wide", "all"))
@@ -129,6 +133,11 @@ class Settings:
                                 f"not {self.layers}")
         if min(self.numbers("batch_schedule")) <= 0:
             raise SettingsError(f"--batch-schedule {self.batch_schedule}: sizes of a batch must be more than 0")
+        if self.blocks("paired_blocks") and self.heads % 2:
+            raise SettingsError(f"--paired-blocks {self.paired_blocks} needs an even number of --heads, not "
+                                f"{self.heads}")
+        if self.blocks("mlp_blocks") & self.blocks("paired_blocks"):
+            raise SettingsError(f"--mlp-blocks {self.mlp_blocks}: some are among --paired-blocks {self.paired_blocks}")
         if self.optimizer == "adamw" and (self.cautious or self.row_normalize or self.adam_every > 1):
             raise SettingsError("--cautious, --row-normalize and --adam-every need an --optimizer that leaves the "
                                 "matrices to Muon, not adamw")
@@ -153,7 +162,15 @@ class Settings:
             if all(map(math.isfinite, numbers)):
                 return numbers
         raise SettingsError(f"--{setting.replace('_', '-')} {text!r} expects numbers with commas between, such as "
-                            f"{getattr(type(self), setting)}")
+                            f"{getattr(type(self), setting) or '0,2'}")
+
+    def blocks(self, setting: str) -> set[int]:
+        """The numbers of blocks in a setting."""
+        blocks = set(self.numbers(setting)) if getattr(self, setting) else set()
+        if not blocks <= set(range(self.layers)):
+            raise SettingsError(f"--{setting.replace('_', '-')} {getattr(self, setting)} must be numbers of blocks, "
+                                f"from 0 to {self.layers - 1} (--layers {self.layers})")
+        return blocks
 
     def batch_sizes(self) -> list[int]:
         """Tokens in a step, for each of the equal parts of the steps."""
@@ -361,28 +378,40 @@ class Gate(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, s: Settings, rotary: Rotary, value_embedding: bool, gated: bool):
+    """value_embedding, gated: as in Block. paired: heads h and h + heads / 2 are one of twice as many tokens, in turns
+    (modded-nanogpt); rotary is for those. shift: the half of a key without position is that of the token before, so one
+    layer finds what followed a token (modded-nanogpt)."""
+
+    def __init__(self, s: Settings, rotary: Rotary, value_embedding: bool, gated: bool, paired: bool, shift: bool):
         super().__init__()
-        self.heads, self.max_document, self.rotary = s.heads, s.max_document, rotary
+        self.heads, self.max_document, self.rotary, self.paired = s.heads, s.max_document, rotary, paired
         self.q, self.k, self.v = (Linear(s.width, s.width) for _ in range(3))
         self.o = Linear(s.width, s.width, zero=True)
         self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if value_embedding else None
         self.value_gate = Gate(s.width, s.heads) if value_embedding and s.value_gates else None
         self.gate = Gate(s.width, s.heads) if gated else None
+        still = torch.arange(s.width // s.heads) % (s.width // s.heads // 2) >= s.width // s.heads // 4
+        self.register_buffer("shifted", still if shift else None, persistent=False)
 
     def forward(self, x: Tensor, value: Tensor | None, cu_seqlens: Tensor, window: int) -> Tensor:
         weight = torch.cat([self.q.weight, self.k.weight, self.v.weight]).to(x.dtype)  # one product instead of three
         q, k, v = F.linear(x, weight).view(x.size(0), 3, self.heads, -1).unbind(1)  # (tokens, heads, head_dim)
-        q, k = self.rotary(norm(q)), self.rotary(norm(k))
         if value is not None:
             mix = self.value_mix.to(x.dtype)
             value = value.view_as(v)
             if self.value_gate is not None:
                 value = self.value_gate(x)[:, :, None] * value
             v = mix[0] * v + mix[1] * value
-        y = attention(q, k, v.contiguous(), cu_seqlens, self.max_document, window, scale=0.12)  # of unit-norm q and k
+        q, k, max_document = norm(q), norm(k), self.max_document
+        if self.paired:
+            q, k, v = (x.reshape(2 * x.size(0), self.heads // 2, -1) for x in (q, k, v))
+            cu_seqlens, max_document = 2 * cu_seqlens, 2 * max_document
+        q, k = self.rotary(q), self.rotary(k)
+        if self.shifted is not None:
+            k = torch.where(self.shifted & ~starts(cu_seqlens, k.size(0))[:, None, None], k.roll(1, 0), k)
+        y = attention(q, k, v.contiguous(), cu_seqlens, max_document, window, scale=0.12)  # of unit-norm q and k
         if self.gate is not None:
-            y = y * self.gate(x)[:, :, None]
+            y = y.view(x.size(0), self.heads, -1) * self.gate(x)[:, :, None]
         return self.o(y.reshape(x.shape))
 
 
@@ -397,12 +426,16 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """x: residual stream; x0: the embedding it began with; bigram: that of pairs of tokens; skip: the stream at the
-    mirrored block of the first half."""
+    mirrored block of the first half. value_embedding, skip: is there one? wide: has it the whole window?"""
 
-    def __init__(self, s: Settings, rotary: Rotary, value_embedding: bool, skip: bool, wide: bool):
+    def __init__(self, s: Settings, number: int, rotaries: list[Rotary], value_embedding: bool, skip: bool, wide: bool):
         super().__init__()
-        gated = s.attention_gates == "all" or wide and s.attention_gates == "wide"
-        self.attention, self.mlp = Attention(s, rotary, value_embedding, gated), MLP(s.width)
+        gated, paired = s.attention_gates in ("all", "wide" if wide else "all"), number in s.blocks("paired_blocks")
+        shift = s.key_shift and wide and not paired
+        self.attention = None
+        if number not in s.blocks("mlp_blocks"):
+            self.attention = Attention(s, rotaries[paired], value_embedding, gated, paired, shift)
+        self.mlp = MLP(s.width)
         self.embedding_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
         self.skip_weight = nn.Parameter(torch.tensor([1.0])) if skip else None
         self.skip_gate = Gate(s.width, 1) if skip and s.skip_gates else None
@@ -417,7 +450,8 @@ class Block(nn.Module):
         x = mix[0] * x + mix[1] * x0
         if bigram is not None:
             x = x + self.bigram_weight.to(x.dtype) * bigram
-        x = x + self.attention(norm(x), value, cu_seqlens, window)
+        if self.attention is not None:
+            x = x + self.attention(norm(x), value, cu_seqlens, window)
         return x + self.mlp(norm(x))
 
 
@@ -429,7 +463,8 @@ class GPT(nn.Module):
         super().__init__()
         padded = -(-s.vocab_size // 128) * 128
         self.dtype, self.cap, self.compiled = getattr(torch, s.dtype), tuple(s.numbers("logit_cap")), False
-        self.rotary = Rotary(s.width // s.heads, s.sequence_length)
+        self.rotaries = nn.ModuleList(Rotary(s.width // s.heads, s.sequence_length * (1 + paired))
+                                      for paired in range(2 if s.paired_blocks else 1))
         self.tokens = nn.Embedding(padded, s.width)
         self.values = nn.ModuleList(nn.Embedding(padded, s.width) for _ in range(s.value_embeddings))
         self.value_of = {i: i for i in range(s.value_embeddings)}
@@ -437,8 +472,8 @@ class GPT(nn.Module):
         # block of the second half -> its mirror; of an even number the middle two are neighbours and need no skip
         self.skip_from = {s.layers - 1 - i: i for i in range((s.layers - 1) // 2)}
         self.wide = {i for i in range(s.layers) if i % 4 == 3} | {s.layers - 1}
-        self.blocks = nn.ModuleList(Block(s, self.rotary, i in self.value_of, i in self.skip_from, i in self.wide)
-                                    for i in range(s.layers))
+        self.blocks = nn.ModuleList(Block(s, i, self.rotaries, i in self.value_of, i in self.skip_from,
+                                          i in self.wide) for i in range(s.layers))
         self.head = Linear(s.width, padded, zero=True)
         self.tied = s.tied > 0
         if self.tied:
@@ -698,7 +733,8 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
     for step in range(s.steps + 1):
         windows = windows_at(step, s)
         if s.yarn and (step == 0 or windows != windows_at(step - 1, s)):
-            model.rotary.stretch(first_window(s), windows[1])
+            for rotary in model.rotaries:
+                rotary.stretch(first_window(s), windows[1])
         if step % s.val_every == 0 or step == s.steps:
             seconds = clock.stop()
             optimizer.check_finite()

@@ -429,6 +429,10 @@ def test_processes_that_do_not_divide_the_batch_are_refused():
     (dict(width=100), "--width 100 must be a multiple of 4 × --heads 6"),
     (dict(value_embeddings=7), "--value-embeddings 7 needs at least twice as many --layers, not 12"),
     (dict(value_embeddings=-1), "--value-embeddings -1"),
+    (dict(paired_blocks="1,12"), "--paired-blocks 1,12 must be numbers of blocks, from 0 to 11 (--layers 12)"),
+    (dict(mlp_blocks="0.5"), "--mlp-blocks 0.5 must be"), (dict(mlp_blocks="x"), "--mlp-blocks 'x' expects numbers"),
+    (dict(paired_blocks="0", heads=3), "--paired-blocks 0 needs an even number of --heads, not 3"),
+    (dict(paired_blocks="0,1", mlp_blocks="1,2"), "--mlp-blocks 1,2: some are among --paired-blocks 0,1"),
     (dict(adam_every=2, optimizer="adamw"), "--adam-every need an --optimizer"),
     (dict(adam_every=0), "--adam-every 0"), (dict(logit_cap="15"), "--logit-cap 15 must be three numbers A,B,C"),
     (dict(logit_cap="141,0,1"), "--logit-cap 141,0,1"), (dict(logit_cap="30,0,0"), "--logit-cap 30,0,0"),
@@ -547,6 +551,42 @@ def test_a_run_learns_with_a_bigram_embedding_that_starts_as_nothing(finished, d
     assert losses(record)[0] == losses(finished)[0] and losses(record)[-1] < losses(finished)[-1]
 
 
+def test_paired_heads_attend_to_both_heads_keys_in_one_softmax():
+    s, model = model_of(paired_blocks="0", heads=4)
+    attention, bounds = model.blocks[0].attention, [0, 50, 128, 130, 256]
+    attention.o.weight.data = torch.eye(32)
+    x = torch.randn(256, 32)
+    found = attention(x, None, torch.tensor(bounds, dtype=torch.int32), 40)
+    q, k, v = (F.linear(x, part.weight).view(2, 128, 4, 8) for part in (attention.q, attention.k, attention.v))
+    turn = Rotary(8, 256)
+    q, k = ([turn(torch.stack([F.rms_norm(y, (8,))[:, :, h], F.rms_norm(y, (8,))[:, :, h + 2]], dim=2)
+                  .reshape(512, 1, 8)) for h in (0, 1)] for y in (q, k))  # two heads in turns
+    mask = visible([2 * bound for bound in bounds], 40)
+    for h in (0, 1):
+        values = torch.stack([v[:, :, h], v[:, :, h + 2]], dim=2).reshape(512, 1, 8)
+        both = dense_attention(q[h], k[h], values, mask, 0.12).view(256, 2, 8)
+        torch.testing.assert_close(found.view(256, 4, 8)[:, [h, h + 2]], both, rtol=1e-4, atol=1e-5)
+
+
+def test_shifted_keys_have_the_previous_token_s_half_without_position():
+    s, model = model_of(key_shift=True)
+    assert [block.attention.shifted is not None for block in model.blocks] == [False, True]  # the last one is wide
+    attention, bounds = model.blocks[1].attention, torch.tensor([0, 100, 256], dtype=torch.int32)
+    attention.o.weight.data = torch.eye(32)
+    x, seen = torch.randn(256, 32), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "attention", lambda q, k, v, *rest, **scale: (seen.append(k), v)[1])
+        attention(x, None, bounds, 64)
+        attention.shifted = None
+        attention(x, None, bounds, 64)
+    shifted, plain = seen
+    still = [4, 5, 6, 7, 12, 13, 14, 15]
+    moving = [0, 1, 2, 3, 8, 9, 10, 11]
+    assert torch.equal(shifted[..., moving], plain[..., moving])
+    for i in (0, 1, 2, 99, 100, 101, 255):
+        assert torch.equal(shifted[i][:, still], plain[i if i in (0, 100) else i - 1][:, still])
+
+
 GATES = dict(smear=True, attention_gates="all", value_gates=True, skip_gates=True, backout=True)
 
 
@@ -597,11 +637,12 @@ def test_smear_adds_the_embedding_before_within_the_document():
     torch.testing.assert_close(model.embed(tokens, model.tokens.weight, bounds)[0], F.rms_norm(expected, (32,)))
 
 
-def test_a_run_with_all_gates_learns(data, tmp_path):
-    assert losses(train(data, tmp_path, layers=4, **GATES))[-1] < 4.5
+def test_a_run_with_all_parts_learns(data, tmp_path):
+    assert losses(train(data, tmp_path, layers=4, paired_blocks="0,2", key_shift=True, mlp_blocks="1", yarn=True,
+                        **GATES))[-1] < 4.5
 
 
-@pytest.mark.parametrize("parts", [{}, GATES | dict(bigram=500)])
+@pytest.mark.parametrize("parts", [{}, GATES | dict(bigram=500), dict(paired_blocks="0,2", key_shift=True, mlp_blocks="1")])
 def test_a_document_s_stream_through_the_model_depends_on_no_other_document_and_no_later_token(parts):
     s, model = model_of(layers=4, **parts)  # one block of four has the full window
     randomised(model).loss = lambda x, *rest: x
