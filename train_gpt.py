@@ -76,6 +76,8 @@ class Settings:
                                        "too, half as far back")
     mlp_blocks: str | None = option(None, "blocks, such as 6, without attention")
     key_shift: bool = option(False, "in blocks of the whole window, half of a key is that of the token before")
+    bigram_into: str = option("blocks", "add it in every block with a weight of its own, or once to the embedding",
+                              choices=("blocks", "input"))
     smear: bool = option(False, "a gate lets each token's embedding have some of the one before")
     attention_gates: str = option("none", "a gate for each head's output: in no block, in those of the whole window, "
                                   "in all", choices=("none", "wide", "all"))
@@ -313,11 +315,22 @@ def starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return first.index_fill(0, cu_seqlens[:-1].long(), True)
 
 
-def pair_rows(before: Tensor, tokens: Tensor, rows: int) -> Tensor:
-    """The row, int64, of each pair of tokens below 2¹⁶: 32 bits of a hash (Knuth's multiplication by 2³² / golden
-    ratio, then a step of MurmurHash3's finaliser), scaled to the rows. What overflows int64 is masked away."""
-    mixed = (before << 16 | tokens) * 2654435769 & 0xFFFFFFFF
-    return ((mixed ^ mixed >> 15) * 2246822507 & 0xFFFFFFFF) * rows >> 32
+class LookUp(torch.autograd.Function):
+    """model.rows_of(table, rows), whose gradient is added to table.grad where it lies. Autograd would make a gradient
+    of the whole table in every pass and add that: 16 bytes for each of some 300M parameters."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, rows: Tensor, model) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.table, ctx.model = table, model
+        return model.rows_of(table, rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        if ctx.table.grad is None:
+            ctx.table.grad = torch.zeros_like(ctx.table)
+        ctx.model.add_to_rows(ctx.table.grad, *ctx.saved_tensors, grad)
+        return None, None, None
 
 
 class Linear(nn.Linear):
@@ -409,7 +422,7 @@ class Attention(nn.Module):
         q, k = self.rotary(q), self.rotary(k)
         if self.shifted is not None:
             k = torch.where(self.shifted & ~starts(cu_seqlens, k.size(0))[:, None, None], k.roll(1, 0), k)
-        y = attention(q, k, v.contiguous(), cu_seqlens, max_document, window, scale=0.12)  # of unit-norm q and k
+        y = attention(q, k, v, cu_seqlens, max_document, window, scale=0.12)  # of unit-norm q and k
         if self.gate is not None:
             y = y.view(x.size(0), self.heads, -1) * self.gate(x)[:, :, None]
         return self.o(y.reshape(x.shape))
@@ -439,7 +452,7 @@ class Block(nn.Module):
         self.embedding_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
         self.skip_weight = nn.Parameter(torch.tensor([1.0])) if skip else None
         self.skip_gate = Gate(s.width, 1) if skip and s.skip_gates else None
-        self.bigram_weight = nn.Parameter(torch.tensor([0.1])) if s.bigram else None
+        self.bigram_weight = nn.Parameter(torch.tensor([0.1])) if s.bigram and s.bigram_into == "blocks" else None
 
     def forward(self, x: Tensor, x0: Tensor, bigram: Tensor | None, skip: Tensor | None, value: Tensor | None,
                 cu_seqlens: Tensor, window: int) -> Tensor:
@@ -448,7 +461,7 @@ class Block(nn.Module):
             x = x + (weight if self.skip_gate is None else weight * self.skip_gate(x0)) * skip
         mix = self.embedding_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        if bigram is not None:
+        if self.bigram_weight is not None:
             x = x + self.bigram_weight.to(x.dtype) * bigram
         if self.attention is not None:
             x = x + self.attention(norm(x), value, cu_seqlens, window)
@@ -480,6 +493,7 @@ class GPT(nn.Module):
             nn.init.normal_(self.head.weight, std=0.005)
         self.document = document_token(s.vocab_size)
         self.bigram = nn.Embedding.from_pretrained(torch.zeros(s.bigram, s.width), freeze=False) if s.bigram else None
+        self.bigram_at_input = s.bigram > 0 and s.bigram_into == "input"
         self.smear, self.smear_gate = (nn.Parameter(torch.zeros(1)), Gate(s.width, 1)) if s.smear else (None, None)
         self.backout = nn.Parameter(torch.tensor([0.5])) if s.backout else None
 
@@ -492,8 +506,7 @@ class GPT(nn.Module):
         """
         if self.compiled:
             torch._dynamo.mark_dynamic(cu_seqlens, 0)  # batches differ in their number of documents
-        table = self.head.weight if self.tied else self.tokens.weight
-        x0, bigram, values = self.embed(tokens.flatten(), table, cu_seqlens)
+        x0, bigram, values = self.embed(tokens.flatten(), cu_seqlens)
         x, streams = x0, []
         for i, block in enumerate(self.blocks):
             skip = streams[self.skip_from[i]] if i in self.skip_from else None
@@ -504,16 +517,33 @@ class GPT(nn.Module):
         early = None if self.backout is None else streams[2 * len(streams) // 3]
         return self.loss(x, early, torch.stack(ahead, dim=1), weights)
 
-    def embed(self, tokens: Tensor, table: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Embeddings of tokens, of pairs of tokens, and for the values. table (padded vocabulary, width): of tokens."""
-        x, bigram = F.embedding(tokens, table).to(self.dtype), None
+    def embed(self, tokens: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Embeddings of tokens, of each token with the one before it (or None), and for the values."""
+        x = LookUp.apply(self.head.weight if self.tied else self.tokens.weight, tokens, self)
+        bigram = None
+        if self.bigram is not None:
+            bigram = LookUp.apply(self.bigram.weight, self.pair_rows(tokens, cu_seqlens), self)
+        return self.first(x, bigram, cu_seqlens), bigram, [LookUp.apply(v.weight, tokens, self) for v in self.values]
+
+    def rows_of(self, table: Tensor, rows: Tensor) -> Tensor:
+        return F.embedding(rows, table).to(self.dtype)
+
+    def add_to_rows(self, table: Tensor, rows: Tensor, x: Tensor) -> None:
+        table.index_put_((rows,), x.to(table.dtype), accumulate=True)
+
+    def pair_rows(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Rows in the bigram embedding (modded-nanogpt). 32 bits of a hash of both tokens (Knuth's multiplication by
+        2³² / golden ratio, then a step of MurmurHash3's finaliser), scaled; what overflows int64 is masked away."""
+        before = torch.where(starts(cu_seqlens, tokens.numel()), self.document, tokens.roll(1))
+        mixed = (before << 16 | tokens) * 2654435769 & 0xFFFFFFFF
+        return ((mixed ^ mixed >> 15) * 2246822507 & 0xFFFFFFFF) * self.bigram.num_embeddings >> 32
+
+    def first(self, x: Tensor, bigram: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+        """The stream before the first block."""
         if self.smear is not None:
-            before = x.roll(1, 0).masked_fill(starts(cu_seqlens, tokens.numel())[:, None], 0)
+            before = x.roll(1, 0).masked_fill(starts(cu_seqlens, x.size(0))[:, None], 0)
             x = x + self.smear.to(x.dtype) * self.smear_gate(x) * before
-        if self.bigram is not None:  # (modded-nanogpt); before a document there is the document token
-            before = torch.where(starts(cu_seqlens, tokens.numel()), self.document, tokens.roll(1))
-            bigram = self.bigram(pair_rows(before, tokens, self.bigram.num_embeddings)).to(self.dtype)
-        return norm(x), bigram, [value(tokens).to(self.dtype) for value in self.values]
+        return norm(x) + bigram if self.bigram_at_input else norm(x)
 
     def loss(self, x: Tensor, early: Tensor | None, targets: Tensor, weights: Tensor) -> Tensor:
         """Cross entropy of softcapped logits, targets (tokens, K) of which -1 does not count, weights (K,). Logits are
@@ -532,7 +562,8 @@ class GPT(nn.Module):
         """torch.compile by parts: blocks of one kind share a graph, so compiling takes seconds and not minutes."""
         torch._dynamo.config.recompile_limit = 64  # kinds of block × training or validation × fixed or symbolic window
         self.compiled = True
-        self.embed, self.loss = torch.compile(self.embed), torch.compile(self.loss)
+        for name in ("rows_of", "add_to_rows", "pair_rows", "first", "loss"):
+            setattr(self, name, torch.compile(getattr(self, name), fullgraph=True))
         for block in self.blocks:
             block.compile(fullgraph=True)
 

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -479,6 +480,20 @@ def test_every_parameter_of_the_record_model_is_routed_to_one_group_and_counted(
     assert all(p.ndim == 2 and name.startswith("blocks.") for name, p in groups["matrix"])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_look_up_adds_autograd_s_gradient_to_the_table_s(dtype):
+    s, model = model_of(dtype=dtype)
+    table, other = model.values[0].weight, model.values[0].weight.detach().clone().requires_grad_()
+    for seed in (0, 1):  # and another pass adds
+        torch.manual_seed(seed)
+        rows, weights = torch.randint(0, 20, (256,)), torch.randn(256, 32, dtype=getattr(torch, dtype))
+        found, expected = train_gpt.LookUp.apply(table, rows, model), F.embedding(rows, other).to(weights.dtype)
+        assert torch.equal(found, expected)
+        (found * weights).sum().backward()
+        (expected * weights).sum().backward()
+    torch.testing.assert_close(table.grad, other.grad)
+
+
 @pytest.mark.parametrize("scale", [0.1, 3.0, 300.0])
 def test_the_loss_is_cross_entropy_of_softcapped_logits(scale):
     s, model = model_of(logit_cap="14,0,3.5")  # 7 · tanh(logit / 7)
@@ -525,13 +540,15 @@ def pair_row(before: int, token: int, rows: int) -> int:
 
 def test_pairs_of_tokens_spread_over_all_rows_as_at_random():
     for start, end, stride in ((0, 200, 1), (0, 65536, 613), (65336, 65536, 1)):
-        before, tokens = torch.meshgrid(*2 * [torch.arange(start, end, stride)], indexing="ij")
         for rows in (97, 1000, 251520):
-            row = train_gpt.pair_rows(before.flatten(), tokens.flatten(), rows)
+            some = torch.arange(start, end, stride)
+            both = torch.cartesian_prod(some, some)  # pairs one after the other: every second row is of one of them
+            model = SimpleNamespace(document=0, bigram=SimpleNamespace(num_embeddings=rows))
+            row = GPT.pair_rows(model, both.flatten(), torch.tensor([0, both.numel()]))[1::2]
             counts = torch.bincount(row, minlength=rows).double()
             assert counts.numel() == rows
             assert counts.var() == pytest.approx(row.numel() / rows, rel=0.35)  # Poisson: the variance is the mean
-        assert row[-1] == pair_row(int(before[-1, -1]), int(tokens[-1, -1]), 251520)
+        assert row[-1] == pair_row(*both[-1].tolist(), 251520)
 
 
 def test_the_bigram_embedding_is_of_a_token_and_the_one_before_it_in_its_document():
@@ -539,15 +556,16 @@ def test_the_bigram_embedding_is_of_a_token_and_the_one_before_it_in_its_documen
     with torch.no_grad():
         model.bigram.weight.normal_()
     tokens = torch.randint(0, VOCABULARY, (256,), generator=torch.Generator().manual_seed(1))
-    _, bigram, _ = model.embed(tokens, model.tokens.weight, torch.tensor([0, 50, 128, 256], dtype=torch.int32))
+    _, bigram, _ = model.embed(tokens, torch.tensor([0, 50, 128, 256], dtype=torch.int32))
     for i in (0, 1, 49, 50, 51, 127, 128, 255):
         other = VOCABULARY - 1 if i in (0, 50, 128) else int(tokens[i - 1])
         assert torch.equal(bigram[i], model.bigram.weight[pair_row(other, int(tokens[i]), 500)])
     assert "bigram.weight" in {name for name, _ in route(model)["embedding"]}
 
 
-def test_a_run_learns_with_a_bigram_embedding_that_starts_as_nothing(finished, data, tmp_path):
-    record = train(data, tmp_path, bigram=1000)
+@pytest.mark.parametrize("into", ["blocks", "input"])
+def test_a_run_learns_with_a_bigram_embedding_that_starts_as_nothing(finished, data, tmp_path, into):
+    record = train(data, tmp_path, bigram=1000, bigram_into=into)
     assert losses(record)[0] == losses(finished)[0] and losses(record)[-1] < losses(finished)[-1]
 
 
@@ -634,7 +652,7 @@ def test_smear_adds_the_embedding_before_within_the_document():
     before = torch.cat([x[:1] * 0, x[:-1]])
     before[100] = 0
     expected = x + model.smear * 2 * torch.sigmoid(x[:, :12] @ model.smear_gate.weight)[:, None] * before
-    torch.testing.assert_close(model.embed(tokens, model.tokens.weight, bounds)[0], F.rms_norm(expected, (32,)))
+    torch.testing.assert_close(model.embed(tokens, bounds)[0], F.rms_norm(expected, (32,)))
 
 
 def test_a_run_with_all_parts_learns(data, tmp_path):
@@ -642,7 +660,8 @@ def test_a_run_with_all_parts_learns(data, tmp_path):
                         **GATES))[-1] < 4.5
 
 
-@pytest.mark.parametrize("parts", [{}, GATES | dict(bigram=500), dict(paired_blocks="0,2", key_shift=True, mlp_blocks="1")])
+@pytest.mark.parametrize("parts", [{}, GATES | dict(bigram=500),
+                                   dict(paired_blocks="0,2", key_shift=True, mlp_blocks="1")])
 def test_a_document_s_stream_through_the_model_depends_on_no_other_document_and_no_later_token(parts):
     s, model = model_of(layers=4, **parts)  # one block of four has the full window
     randomised(model).loss = lambda x, *rest: x
@@ -727,7 +746,9 @@ def test_a_token_sees_its_window_of_its_document_and_nothing_else(window):
 @pytest.mark.parametrize("window", [1, 2, 7, 64, 1000, 5000])
 def test_varlen_attention_on_a_gpu_computes_the_same(window):
     bounds = torch.tensor([0, 1, 100, 1124, 1200, 2000, 2777], dtype=torch.int32, device="cuda")
-    half = [x.to("cuda", torch.bfloat16).requires_grad_() for x in queries_keys_values(2777, heads=3, head_dim=64)]
+    half = [x.to("cuda", torch.bfloat16) for x in queries_keys_values(2777, heads=3, head_dim=64)]
+    half[2] = torch.stack(half, dim=1)[:, 2]  # values are a part of a fused product
+    half = [x.requires_grad_() for x in half]
     full = [x.detach().float().requires_grad_() for x in half]
     found = attention(*half, bounds, 1024, window, 0.12)
     wanted = blockwise_attention(*full, bounds, window, 0.12)

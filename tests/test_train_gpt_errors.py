@@ -208,7 +208,7 @@ def test_a_gradient_that_is_not_finite_names_the_parameter_and_the_step(fails, d
         if step == 5:  # the sixth step
             [p] = [p for group in optimizer.param_groups
                    for p, known in zip(group["params"], group["param_names"]) if known == name]
-            hook = p.register_hook(lambda gradient: (hook.remove(), gradient * bad)[1])
+            hook = optimizer.register_step_pre_hook(lambda *_: (hook.remove(), p.grad.mul_(bad))[0])
 
     monkeypatch.setattr(train_gpt, "set_schedule", poison)
     message = fails(data, steps=12, val_every=4)
