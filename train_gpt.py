@@ -476,6 +476,7 @@ class GPT(nn.Module):
         super().__init__()
         padded = -(-s.vocab_size // 128) * 128
         self.dtype, self.cap, self.compiled = getattr(torch, s.dtype), tuple(s.numbers("logit_cap")), False
+        self.predicted = len(s.numbers("prediction_weights"))
         self.rotaries = nn.ModuleList(Rotary(s.width // s.heads, s.sequence_length * (1 + paired))
                                       for paired in range(2 if s.paired_blocks else 1))
         self.tokens = nn.Embedding(padded, s.width)
@@ -507,7 +508,7 @@ class GPT(nn.Module):
         if self.compiled:
             torch._dynamo.mark_dynamic(cu_seqlens, 0)  # batches differ in their number of documents
         x0, bigram, values = self.embed(tokens.flatten(), cu_seqlens)
-        x, streams = x0, []
+        x, streams = x0.view_as(x0), []  # one tensor given twice would compile the first block anew
         for i, block in enumerate(self.blocks):
             skip = streams[self.skip_from[i]] if i in self.skip_from else None
             value = values[self.value_of[i]] if i in self.value_of else None
@@ -685,13 +686,13 @@ def train_step(model: GPT, optimizer, batches, passes: int, windows: tuple[int, 
     optimizer.zero_grad(set_to_none=True)
 
 
-@torch.no_grad()
 def validate(model: GPT, batches, windows: tuple[int, int], device: torch.device, world_size: int) -> float:
     """Mean loss over the validation tokens of all ranks."""
-    total, weights = torch.zeros((), dtype=torch.float64, device=device), torch.ones(1, device=device)
+    total, weights = torch.zeros((), dtype=torch.float64, device=device), torch.eye(model.predicted, device=device)[0]
     for batch in batches:
         batch = batch.to(device)
-        total += model(batch.tokens, batch.targets, batch.cu_seqlens, windows, weights)
+        with torch.set_grad_enabled(model.compiled):  # without gradients everything would be compiled once more
+            total += model(batch.tokens, batch.targets, batch.cu_seqlens, windows, weights).detach()
     total /= len(batches)
     if world_size > 1:
         dist.all_reduce(total)
