@@ -72,12 +72,12 @@ class Settings:
     value_embeddings: int = option(3, "embeddings added to the values of the first and last so many blocks", least=0)
     bigram: int = option(0, "rows of the embedding of a token with the one before it, hashed; 0: none", least=0,
                          most=2**31)
+    bigram_into: str = option("blocks", "add it in every block with a weight of its own, or once to the embedding",
+                              choices=("blocks", "input"))
     paired_blocks: str | None = option(None, "blocks, such as 0,2,5, in which a head attends to its partner's keys, "
                                        "too, half as far back")
     mlp_blocks: str | None = option(None, "blocks, such as 6, without attention")
     key_shift: bool = option(False, "in blocks of the whole window, half of a key is that of the token before")
-    bigram_into: str = option("blocks", "add it in every block with a weight of its own, or once to the embedding",
-                              choices=("blocks", "input"))
     smear: bool = option(False, "a gate lets each token's embedding have some of the one before")
     attention_gates: str = option("none", "a gate for each head's output: in no block, in those of the whole window, "
                                   "in all", choices=("none", "wide", "all"))
@@ -114,6 +114,7 @@ class Settings:
     embedding_lr: float = option(0.3, "Adam, for token and value embeddings", least=0)
     head_lr: float = option(0.008, "Adam, for the output head", least=0)
     scalar_lr: float = option(0.015, "Adam, for the mixing weights of blocks", least=0)
+    adam_beta1: float = option(0.8, "Adam's decay of mean gradients; 0.95 for their squares", least=0, most=0.9999)
     adam_every: int = option(1, "steps from one update by Adam to the next, gradients adding up", least=1)
     cooldown: float = option(0.5, "learning rates fall linearly over this last fraction of training", least=0, most=1)
     final_lr: float = option(0.05, "fraction of the learning rates that the cooldown ends at", least=0, most=1)
@@ -530,7 +531,7 @@ class GPT(nn.Module):
         return F.embedding(rows, table).to(self.dtype)
 
     def add_to_rows(self, table: Tensor, rows: Tensor, x: Tensor) -> None:
-        table.index_put_((rows,), x.to(table.dtype), accumulate=True)
+        table.index_add_(0, rows, x.to(table.dtype))
 
     def pair_rows(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Rows in the bigram embedding (modded-nanogpt). 32 bits of a hash of both tokens (Knuth's multiplication by
@@ -655,7 +656,7 @@ def make_optimizer(s: Settings, model: GPT):
     options = {name: True for name in ("cautious", "row_normalize") if getattr(s, name)}  # some recipes have their own
     return get_optimizer(s.optimizer, routed(s, model), lr=s.lr, weight_decay=s.weight_decay, momentum=s.momentum,
                          engine=s.engine, embedding_lr=s.embedding_lr, head_lr=s.head_lr, scalar_lr=s.scalar_lr,
-                         adam_every=s.adam_every, **options)
+                         adam_betas=(s.adam_beta1, 0.95), adam_every=s.adam_every, **options)
 
 
 def set_schedule(optimizer, step: int, s: Settings) -> None:
@@ -759,7 +760,7 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
         budget.say = record.line
     probes: dict[str, dict] = {}
     batches = loader.prefetch(requests(s, world_size), pin=device.type == "cuda")
-    weights = torch.tensor([prediction_weights_at(step, s) for step in range(s.steps)], device=device)
+    weights = [torch.tensor(prediction_weights_at(step, s), device=device) for step in range(s.steps)]
     clock = Clock(device)
     clock.start()
     for step in range(s.steps + 1):

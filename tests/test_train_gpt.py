@@ -306,7 +306,8 @@ def test_adam_every_second_step_leaves_everything_but_the_matrices_in_between(da
 
 
 def test_weight_decay_follows_the_learning_rate_and_the_options_of_muon_arrive():
-    s, model = model_of(weight_decay=0.1, cautious=True, row_normalize=True, steps=10, cooldown=1.0, final_lr=0)
+    s, model = model_of(weight_decay=0.1, cautious=True, row_normalize=True, adam_beta1=0.5, steps=10, cooldown=1.0,
+                        final_lr=0)
     optimizer = train_gpt.make_optimizer(s, model)
     for group in optimizer.param_groups:
         group |= {"initial_lr": group["lr"], "initial_weight_decay": group["weight_decay"]}
@@ -314,6 +315,7 @@ def test_weight_decay_follows_the_learning_rate_and_the_options_of_muon_arrive()
     [muon] = [group for group in optimizer.param_groups if group["kind"] == "matrix"]
     assert muon["lr"] == pytest.approx(0.6 * s.lr) and muon["weight_decay"] == pytest.approx(0.06)
     assert muon["cautious"] and muon["row_normalize"]
+    assert {group["betas"] for group in optimizer.param_groups if "betas" in group} == {(0.5, 0.95)}
     _, model = model_of()
     plain = train_gpt.make_optimizer(Settings(optimizer="normuon"), model).param_groups[0]
     assert not plain["cautious"] and plain["row_normalize"]

@@ -45,7 +45,7 @@ def started(command, seconds=60):
 # Several processes
 
 RUNS = {name: dict(optimizer=name) for name in ("turbo-muon", "muon", "adamw")}
-RUNS["parts"] = dict(batch_schedule="1,2", tied=0.5, adam_every=2, prediction_weights="1,0.5", bigram=500, smear=True,
+RUNS["parts"] = dict(steps=8, batch_schedule="1,2", tied=0.5, adam_every=2, prediction_weights="1,0.5", bigram=500, smear=True,
                      attention_gates="all", value_gates=True, skip_gates=True, backout=True, cautious=True,
                      row_normalize=True, weight_decay=0.1)
 
@@ -85,11 +85,11 @@ def test_several_processes_have_the_losses_of_one(alone, data, tmp_path, count):
         assert process.returncode == 0, stderr
     for name in RUNS:
         record = read(only_record(tmp_path / name))  # one, although there were several processes
-        assert record["status"] == "complete" and len(losses(record)) == 11
+        assert record["status"] == "complete" and len(losses(record)) == (5 if name == "parts" else 11)
         # Adam's first updates are little more than signs, so a rounding error in a gradient near 0 counts.
         assert losses(record) == pytest.approx(alone[name], rel=1e-4 if name == "adamw" else 1e-5), name
     assert stdout.count(f"seed 0, {count} processes on cpu") == len(RUNS)
-    assert len(re.findall(r"^step:20/20 val_loss", stdout, re.MULTILINE)) == len(RUNS)
+    assert len(re.findall(r"^step:(\d+)/\1 val_loss", stdout, re.MULTILINE)) == len(RUNS)
 
 
 def test_processes_that_do_not_divide_the_batch_end_with_one_message(data, tmp_path):
