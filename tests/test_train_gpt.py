@@ -641,6 +641,18 @@ def test_a_gate_scales_a_head_s_output_and_its_value_embedding():
     torch.testing.assert_close(found, factors * attention(x, values * value, bounds, 64))
 
 
+def test_backout_takes_half_of_the_stream_at_two_thirds_away():
+    s, model = model_of(layers=6, backout=True)
+    seen, loss = [], randomised(model).loss
+    model.blocks[4].register_forward_hook(lambda block, inputs, output: seen.append(output))
+    model.loss = lambda x, early, *rest: (seen.extend((x, early)), loss(x, early, *rest))[1]
+    tokens, one = torch.randint(0, VOCABULARY, (2, 128)), torch.ones(1)
+    found = model(tokens, tokens, torch.tensor([0, 128, 256], dtype=torch.int32), (32, 64), one)
+    output, x, early = seen
+    assert early is output
+    torch.testing.assert_close(found, loss(x - 0.5 * early, None, tokens.view(-1, 1), one))
+
+
 def test_gates_for_wide_blocks_alone_are_in_every_fourth_and_the_last():
     _, model = model_of(layers=6, attention_gates="wide")
     assert [i for i, block in enumerate(model.blocks) if block.attention.gate is not None] == [3, 5]

@@ -45,8 +45,8 @@ def started(command, seconds=60):
 # Several processes
 
 RUNS = {name: dict(optimizer=name) for name in ("turbo-muon", "muon", "adamw")}
-RUNS["parts"] = dict(steps=8, batch_schedule="1,2", tied=0.5, adam_every=2, prediction_weights="1,0.5", bigram=500, smear=True,
-                     attention_gates="all", value_gates=True, skip_gates=True, backout=True, cautious=True,
+RUNS["parts"] = dict(steps=8, batch_schedule="1,2", tied=0.5, adam_every=2, prediction_weights="1,0.5", bigram=500,
+                     smear=True, attention_gates="all", value_gates=True, skip_gates=True, backout=True, cautious=True,
                      row_normalize=True, weight_decay=0.1)
 
 # All of them in one start of torchrun, in one process group: a second one of the same name may find the first one's
