@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import fineweb, local_text, shards
-from data.shards import DataError, TrainLoader, validation_batches
+from data.shards import DataError, TrainLoader, document_token, validation_batches
 from optim import OPTIMIZERS, NonFiniteError, budgets, get_optimizer, route, route_table
 from optim.parts import part
 from optim.probe import probe
@@ -70,22 +70,52 @@ class Settings:
     heads: int = option(6, "attention heads", least=1)
     width: int = option(768, "residual stream; 4 × width in the MLPs", least=1)
     value_embeddings: int = option(3, "embeddings added to the values of the first and last so many blocks", least=0)
-    softcap: float = option(15.0, "logits are bounded to ± this; exp must not overflow", least=1e-3, most=70)
-    window: int = option(1792, "tokens that attention looks back over in the end; half of it in most blocks", least=2)
+    bigram: int = option(0, "rows of the embedding of a token with the one before it, hashed; 0: none", least=0,
+                         most=2**31)
+    bigram_into: str = option("blocks", "add it in every block with a weight of its own, or once to the embedding",
+                              choices=("blocks", "input"))
+    paired_blocks: str | None = option(None, "blocks, such as 0,2,5, in which a head attends to its partner's keys, "
+                                       "too, half as far back")
+    mlp_blocks: str | None = option(None, "blocks, such as 6, without attention")
+    key_shift: bool = option(False, "in blocks of the whole window, half of a key is that of the token before")
+    smear: bool = option(False, "a gate lets each token's embedding have some of the one before")
+    attention_gates: str = option("none", "a gate for each head's output: in no block, in those of the whole window, "
+                                  "in all", choices=("none", "wide", "all"))
+    value_gates: bool = option(False, "a gate for each head's value embedding")
+    skip_gates: bool = option(False, "a gate for each skip")
+    backout: bool = option(False, "take some of the stream at two thirds of the blocks away before the head")
+    logit_cap: str = option("30,0,7.5", "A, B, C: logits become A · sigmoid((logit + B) / C), at most A apart")
+    window: int = option(1792, "tokens that attention looks back over in the end, in every fourth and the last block",
+                         least=2)
+    short_window: int | None = option(None, "the same in the other blocks; none: half of --window", least=1)
+    window_start: int | None = option(None, "--window of the first steps; none: an eighth of it", least=2)
+    yarn: bool = option(False, "stretch slow rotations and sharpen attention as the window grows")
+    tied: float = option(0.0, "fraction of the run in which the head's weight embeds the tokens, too; their embedding "
+                         "then starts as a copy, at --head-lr", least=0, most=1)
     # training
     steps: int = option(1600, "optimizer steps", least=1)
     batch_tokens: int = option(524288, "tokens in a step, over all GPUs", least=1)
+    batch_schedule: str = option("1", "sizes of the batch in equal parts of the run, such as 1,2,3; the last is "
+                                "batch_tokens")
+    batch_lr_power: float = option(0.5, "learning rates fall with smaller batches, to this power of the size", least=0)
     device_batch_tokens: int = option(65536, "tokens at once on a GPU; lower it if memory runs out", least=1)
     optimizer: str = option("turbo-muon", "for the matrices; Adam takes the rest", choices=tuple(OPTIMIZERS))
     engine: str = option("auto", "orthogonalise with the fused kernels (auto: where they run) or in plain torch",
                          choices=("auto", "fused", "eager"))
     lr: float = option(0.05, "of the matrices", least=0)
-    weight_decay: float = option(0.0, "of the matrices, decoupled: times lr in each step", least=0)
+    weight_decay: float = option(0.0, "of the matrices, decoupled: times lr in each step, and scheduled like it",
+                                 least=0)
+    cautious: bool = option(False, "weight decay only where it does what the update does")
+    row_normalize: bool = option(False, "NorMuon: rows of the matrices' updates have one size over time")
     momentum: float = option(0.95, "of the matrices, after --momentum-warmup steps from 0.85", least=0, most=0.9999)
     momentum_warmup: int = option(300, "steps", least=0)
+    prediction_weights: str = option("1", "of the losses of the next, second, … token at first; all but the first fall "
+                                     "to 0, the last one first, in equal parts of the run")
     embedding_lr: float = option(0.3, "Adam, for token and value embeddings", least=0)
     head_lr: float = option(0.008, "Adam, for the output head", least=0)
     scalar_lr: float = option(0.015, "Adam, for the mixing weights of blocks", least=0)
+    adam_beta1: float = option(0.8, "Adam's decay of mean gradients; 0.95 for their squares", least=0, most=0.9999)
+    adam_every: int = option(1, "steps from one update by Adam to the next, gradients adding up", least=1)
     cooldown: float = option(0.5, "learning rates fall linearly over this last fraction of training", least=0, most=1)
     final_lr: float = option(0.05, "fraction of the learning rates that the cooldown ends at", least=0, most=1)
     # what else to keep
@@ -104,16 +134,64 @@ class Settings:
         if not 0 <= 2 * self.value_embeddings <= self.layers:
             raise SettingsError(f"--value-embeddings {self.value_embeddings} needs at least twice as many --layers, "
                                 f"not {self.layers}")
+        if min(self.numbers("batch_schedule")) <= 0:
+            raise SettingsError(f"--batch-schedule {self.batch_schedule}: sizes of a batch must be more than 0")
+        if self.blocks("paired_blocks") and self.heads % 2:
+            raise SettingsError(f"--paired-blocks {self.paired_blocks} needs an even number of --heads, not "
+                                f"{self.heads}")
+        if self.blocks("mlp_blocks") & self.blocks("paired_blocks"):
+            raise SettingsError(f"--mlp-blocks {self.mlp_blocks}: some are among --paired-blocks {self.paired_blocks}")
+        if self.optimizer == "adamw" and (self.cautious or self.row_normalize or self.adam_every > 1):
+            raise SettingsError("--cautious, --row-normalize and --adam-every need an --optimizer that leaves the "
+                                "matrices to Muon, not adamw")
+        cap, weights = self.numbers("logit_cap"), self.numbers("prediction_weights")
+        if len(cap) != 3 or not 0 < cap[0] <= 140 or not cap[2] > 0:
+            raise SettingsError(f"--logit-cap {self.logit_cap} must be three numbers A,B,C with 0 < A <= 140 (or exp "
+                                "overflows) and C > 0")
+        if min(weights) < 0 or weights[0] == 0 or len(weights) > self.sequence_length:
+            raise SettingsError(f"--prediction-weights {self.prediction_weights} must not be negative, the first more "
+                                f"than 0, and at most --sequence-length {self.sequence_length} in number")
+
+        for setting in ("short_window", "window_start"):
+            if (getattr(self, setting) or 0) > self.window:
+                raise SettingsError(f"--{setting.replace('_', '-')} {getattr(self, setting)} must be at most --window "
+                                    f"{self.window}")
+
+    def numbers(self, setting: str) -> list[float]:
+        """What a setting says that holds numbers with commas between them."""
+        text = getattr(self, setting)
+        with suppress(ValueError):
+            numbers = [float(number) for number in text.split(",")]
+            if all(map(math.isfinite, numbers)):
+                return numbers
+        raise SettingsError(f"--{setting.replace('_', '-')} {text!r} expects numbers with commas between, such as "
+                            f"{getattr(type(self), setting) or '0,2'}")
+
+    def blocks(self, setting: str) -> set[int]:
+        """The numbers of blocks in a setting."""
+        blocks = set(self.numbers(setting)) if getattr(self, setting) else set()
+        if not blocks <= set(range(self.layers)):
+            raise SettingsError(f"--{setting.replace('_', '-')} {getattr(self, setting)} must be numbers of blocks, "
+                                f"from 0 to {self.layers - 1} (--layers {self.layers})")
+        return blocks
+
+    def batch_sizes(self) -> list[int]:
+        """Tokens in a step, for each of the equal parts of the steps."""
+        sizes = self.numbers("batch_schedule")
+        return [round(self.batch_tokens * size / sizes[-1]) for size in sizes]
 
     def sequences_at_once(self, setting: str, world_size: int, most: int | None = None) -> int:
-        """Sequences of a pass when `world_size` processes share the tokens of `setting` in as few passes as fit."""
-        tokens, most = getattr(self, setting), most or self.device_batch_tokens // self.sequence_length
-        sequences, rest = divmod(tokens, self.sequence_length)
-        if rest or sequences % world_size:
-            raise SettingsError(f"--{setting.replace('_', '-')} {tokens} must be a multiple of "
-                                f"{world_size * self.sequence_length}: {world_size} processes × --sequence-length "
-                                f"{self.sequence_length}; or change --nproc_per_node")
-        share = sequences // world_size
+        """Sequences of a pass when `world_size` processes share the tokens of `setting` in as few passes as fit; all
+        batches of a schedule take passes of one size, because each size is compiled anew."""
+        most, share = most or self.device_batch_tokens // self.sequence_length, 0
+        for tokens in self.batch_sizes() if setting == "batch_tokens" else [getattr(self, setting)]:
+            sequences, rest = divmod(tokens, self.sequence_length)
+            if rest or sequences % world_size or not sequences:
+                part = f" (of --batch-schedule {self.batch_schedule})" if tokens != getattr(self, setting) else ""
+                raise SettingsError(f"--{setting.replace('_', '-')} {tokens}{part} must be a multiple of "
+                                    f"{world_size * self.sequence_length}: {world_size} processes × --sequence-length "
+                                    f"{self.sequence_length}; or change --nproc_per_node")
+            share = math.gcd(share, sequences // world_size)
         return max(size for size in range(1, min(share, most) + 1) if share % size == 0)
 
 
@@ -131,10 +209,21 @@ PRESETS = {
 # Schedules: plain functions of the step
 
 
+def batch_at(step: int, s: Settings) -> int:
+    """Tokens in `step` (0 is the first). Small batches serve while the loss falls fast (modded-nanogpt)."""
+    sizes = s.batch_sizes()
+    return sizes[min(step, s.steps - 1) * len(sizes) // s.steps]
+
+
+def tokens_before(step: int, s: Settings) -> int:
+    return sum(batch_at(earlier, s) for earlier in range(step))
+
+
 def lr_scale(step: int, s: Settings) -> float:
-    """Fraction of the learning rates at `step` (0 is the first): constant, then linear down to final_lr."""
+    """Fraction of the learning rates at `step`: constant, then linear down to final_lr; less for smaller batches."""
     left = (s.steps - step) / s.steps
-    return 1.0 if left >= s.cooldown else s.final_lr + (1 - s.final_lr) * left / s.cooldown
+    cooled = 1.0 if left >= s.cooldown else s.final_lr + (1 - s.final_lr) * left / s.cooldown
+    return cooled * (batch_at(step, s) / s.batch_tokens) ** s.batch_lr_power
 
 
 def momentum_at(step: int, s: Settings) -> float:
@@ -143,13 +232,33 @@ def momentum_at(step: int, s: Settings) -> float:
     return (1 - reached) * min(0.85, s.momentum) + reached * s.momentum
 
 
-def window_at(step: int, s: Settings) -> int:
-    """Tokens that the widest attention looks back over: grows linearly from 1/8 to `window`, in eighths.
+def first_window(s: Settings) -> int:
+    return max(2, s.window // 8) if s.window_start is None else s.window_start
+
+
+def windows_at(step: int, s: Settings) -> tuple[int, int]:
+    """Tokens that attention looks back over in most blocks, and in the others. Both grow in eight steps.
 
     Short windows first cost less and lose nothing while the model learns short contexts (modded-nanogpt).
     """
-    eighth = max(1, -(-8 * (step + 1) // s.steps))
-    return max(2, s.window * eighth // 8)
+    grown = -(-8 * (min(step, s.steps - 1) + 1) // s.steps) - 1  # 0 … 7
+    window = first_window(s) + (s.window - first_window(s)) * grown // 7
+    return window // 2 if s.short_window is None else max(1, window * s.short_window // s.window), window
+
+
+def tied_at(step: int, s: Settings) -> bool:
+    """Is the token embedding still the head's weight? Its rare gradients gain from the head's dense ones at first, and
+    later both gain from going their own ways (modded-nanogpt)."""
+    return step < round(s.tied * s.steps)
+
+
+def prediction_weights_at(step: int, s: Settings) -> list[float]:
+    """Weights of the losses of the next, second, … token: the last weight falls to 0 in the first of as many equal
+    parts of the run as there are weights, the one before it in the second, and so on (modded-nanogpt)."""
+    weights = s.numbers("prediction_weights")
+    now = len(weights) * step / s.steps
+    fallen = [min(1.0, max(0.0, now - (len(weights) - 1 - ahead))) for ahead in range(len(weights))]
+    return weights[:1] + [weight * (1 - f) for weight, f in zip(weights[1:], fallen[1:])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,6 +310,30 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+def starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """(tokens,) bool: does a document start here?"""
+    first = torch.zeros(tokens, dtype=torch.bool, device=cu_seqlens.device)
+    return first.index_fill(0, cu_seqlens[:-1].long(), True)
+
+
+class LookUp(torch.autograd.Function):
+    """model.rows_of(table, rows), whose gradient is added to table.grad where it lies. Autograd would make a gradient
+    of the whole table in every pass and add that: 16 bytes for each of some 300M parameters."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, rows: Tensor, model) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.table, ctx.model = table, model
+        return model.rows_of(table, rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        if ctx.table.grad is None:
+            ctx.table.grad = torch.zeros_like(ctx.table)
+        ctx.model.add_to_rows(ctx.table.grad, *ctx.saved_tensors, grad)
+        return None, None, None
+
+
 class Linear(nn.Linear):
     """No bias; float32 weight, product in the dtype of the input. Uniform with a standard deviation of ½ / √inputs."""
 
@@ -222,11 +355,22 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int, sequence_length: int):
         super().__init__()
-        turning = head_dim // 4
+        turning, shape = head_dim // 4, (1, sequence_length, 1, head_dim // 2)
         frequency = torch.cat([(1 / 1024) ** torch.linspace(0, 1, turning), torch.zeros(head_dim // 2 - turning)])
-        angle = torch.outer(torch.arange(sequence_length, dtype=torch.float32), frequency)
-        self.register_buffer("cos", angle.cos()[None, :, None, :], persistent=False)  # (1, length, 1, head_dim / 2)
-        self.register_buffer("sin", angle.sin()[None, :, None, :], persistent=False)
+        for name, buffer in dict(frequency=frequency, cos=torch.empty(shape), sin=torch.empty(shape)).items():
+            self.register_buffer(name, buffer, persistent=False)
+        self.stretch(1, 1)
+
+    @torch.no_grad()
+    def stretch(self, first: int, window: int) -> None:
+        """YaRN (arXiv 2309.00071) for a window that has grown from `first`: what turned less than once in it turns more
+        slowly by as much as the window grew, what turned over 32 times as before; scores grow (in q and k by half)."""
+        same = ((first / (2 * math.pi) * self.frequency - 1) / 31).clamp(0, 1)
+        frequency = self.frequency * (same + (1 - same) * first / window)
+        angle = torch.outer(torch.arange(self.cos.size(1), dtype=torch.float32, device=frequency.device), frequency)
+        sharpness = (1 + 0.2 * math.log(window / first)) ** 0.5
+        self.cos.copy_((sharpness * angle.cos())[None, :, None, :])
+        self.sin.copy_((sharpness * angle.sin())[None, :, None, :])
 
     def forward(self, x: Tensor) -> Tensor:  # (sequences · length, heads, head_dim)
         first, second = x.float().view(-1, self.cos.size(1), *x.shape[1:]).chunk(2, dim=-1)
@@ -234,22 +378,54 @@ class Rotary(nn.Module):
         return torch.cat(turned, dim=-1).view(x.shape).to(x.dtype)
 
 
-class Attention(nn.Module):
-    def __init__(self, s: Settings, rotary: Rotary, value_embedding: bool):
+class Gate(nn.Module):
+    """Factors that start at 1, (tokens, outputs): 2 · sigmoid of a linear map of a token's first channels. Cheap, as a
+    gate of all channels is not (modded-nanogpt)."""
+
+    def __init__(self, width: int, outputs: int):
         super().__init__()
-        self.heads, self.max_document, self.rotary = s.heads, s.max_document, rotary
+        self.channels = min(12, width)
+        self.weight = nn.Parameter(torch.zeros(outputs * self.channels))  # a vector, because it is not for Muon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * torch.sigmoid(F.linear(x[:, :self.channels], self.weight.view(-1, self.channels).to(x.dtype)))
+
+
+class Attention(nn.Module):
+    """value_embedding, gated: as in Block. paired: heads h and h + heads / 2 are one of twice as many tokens, in turns
+    (modded-nanogpt); rotary is for those. shift: the half of a key without position is that of the token before, so one
+    layer finds what followed a token (modded-nanogpt)."""
+
+    def __init__(self, s: Settings, rotary: Rotary, value_embedding: bool, gated: bool, paired: bool, shift: bool):
+        super().__init__()
+        self.heads, self.max_document, self.rotary, self.paired = s.heads, s.max_document, rotary, paired
         self.q, self.k, self.v = (Linear(s.width, s.width) for _ in range(3))
         self.o = Linear(s.width, s.width, zero=True)
         self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if value_embedding else None
+        self.value_gate = Gate(s.width, s.heads) if value_embedding and s.value_gates else None
+        self.gate = Gate(s.width, s.heads) if gated else None
+        still = torch.arange(s.width // s.heads) % (s.width // s.heads // 2) >= s.width // s.heads // 4
+        self.register_buffer("shifted", still if shift else None, persistent=False)
 
     def forward(self, x: Tensor, value: Tensor | None, cu_seqlens: Tensor, window: int) -> Tensor:
         weight = torch.cat([self.q.weight, self.k.weight, self.v.weight]).to(x.dtype)  # one product instead of three
         q, k, v = F.linear(x, weight).view(x.size(0), 3, self.heads, -1).unbind(1)  # (tokens, heads, head_dim)
-        q, k = self.rotary(norm(q)), self.rotary(norm(k))
         if value is not None:
             mix = self.value_mix.to(x.dtype)
-            v = mix[0] * v + mix[1] * value.view_as(v)
-        y = attention(q, k, v.contiguous(), cu_seqlens, self.max_document, window, scale=0.12)  # of unit-norm q and k
+            value = value.view_as(v)
+            if self.value_gate is not None:
+                value = self.value_gate(x)[:, :, None] * value
+            v = mix[0] * v + mix[1] * value
+        q, k, max_document = norm(q), norm(k), self.max_document
+        if self.paired:
+            q, k, v = (x.reshape(2 * x.size(0), self.heads // 2, -1) for x in (q, k, v))
+            cu_seqlens, max_document = 2 * cu_seqlens, 2 * max_document
+        q, k = self.rotary(q), self.rotary(k)
+        if self.shifted is not None:
+            k = torch.where(self.shifted & ~starts(cu_seqlens, k.size(0))[:, None, None], k.roll(1, 0), k)
+        y = attention(q, k, v, cu_seqlens, max_document, window, scale=0.12)  # of unit-norm q and k
+        if self.gate is not None:
+            y = y.view(x.size(0), self.heads, -1) * self.gate(x)[:, :, None]
         return self.o(y.reshape(x.shape))
 
 
@@ -263,21 +439,33 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x: residual stream; x0: the embedding it began with; skip: the stream at the mirrored block of the first half."""
+    """x: residual stream; x0: the embedding it began with; bigram: that of pairs of tokens; skip: the stream at the
+    mirrored block of the first half. value_embedding, skip: is there one? wide: has it the whole window?"""
 
-    def __init__(self, s: Settings, rotary: Rotary, value_embedding: bool, skip: bool):
+    def __init__(self, s: Settings, number: int, rotaries: list[Rotary], value_embedding: bool, skip: bool, wide: bool):
         super().__init__()
-        self.attention, self.mlp = Attention(s, rotary, value_embedding), MLP(s.width)
+        gated, paired = s.attention_gates in ("all", "wide" if wide else "all"), number in s.blocks("paired_blocks")
+        shift = s.key_shift and wide and not paired
+        self.attention = None
+        if number not in s.blocks("mlp_blocks"):
+            self.attention = Attention(s, rotaries[paired], value_embedding, gated, paired, shift)
+        self.mlp = MLP(s.width)
         self.embedding_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
         self.skip_weight = nn.Parameter(torch.tensor([1.0])) if skip else None
+        self.skip_gate = Gate(s.width, 1) if skip and s.skip_gates else None
+        self.bigram_weight = nn.Parameter(torch.tensor([0.1])) if s.bigram and s.bigram_into == "blocks" else None
 
-    def forward(self, x: Tensor, x0: Tensor, skip: Tensor | None, value: Tensor | None, cu_seqlens: Tensor,
-                window: int) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, bigram: Tensor | None, skip: Tensor | None, value: Tensor | None,
+                cu_seqlens: Tensor, window: int) -> Tensor:
         if skip is not None:
-            x = x + self.skip_weight.to(x.dtype) * skip
+            weight = self.skip_weight.to(x.dtype)
+            x = x + (weight if self.skip_gate is None else weight * self.skip_gate(x0)) * skip
         mix = self.embedding_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attention(norm(x), value, cu_seqlens, window)
+        if self.bigram_weight is not None:
+            x = x + self.bigram_weight.to(x.dtype) * bigram
+        if self.attention is not None:
+            x = x + self.attention(norm(x), value, cu_seqlens, window)
         return x + self.mlp(norm(x))
 
 
@@ -288,45 +476,96 @@ class GPT(nn.Module):
     def __init__(self, s: Settings):
         super().__init__()
         padded = -(-s.vocab_size // 128) * 128
-        self.dtype, self.softcap, self.compiled = getattr(torch, s.dtype), s.softcap, False
-        rotary = Rotary(s.width // s.heads, s.sequence_length)
+        self.dtype, self.cap, self.compiled = getattr(torch, s.dtype), tuple(s.numbers("logit_cap")), False
+        self.predicted = len(s.numbers("prediction_weights"))
+        self.rotaries = nn.ModuleList(Rotary(s.width // s.heads, s.sequence_length * (1 + paired))
+                                      for paired in range(2 if s.paired_blocks else 1))
         self.tokens = nn.Embedding(padded, s.width)
         self.values = nn.ModuleList(nn.Embedding(padded, s.width) for _ in range(s.value_embeddings))
         self.value_of = {i: i for i in range(s.value_embeddings)}
         self.value_of |= {s.layers - s.value_embeddings + i: i for i in range(s.value_embeddings)}
         # block of the second half -> its mirror; of an even number the middle two are neighbours and need no skip
         self.skip_from = {s.layers - 1 - i: i for i in range((s.layers - 1) // 2)}
-        self.blocks = nn.ModuleList(Block(s, rotary, i in self.value_of, i in self.skip_from) for i in range(s.layers))
+        self.wide = {i for i in range(s.layers) if i % 4 == 3} | {s.layers - 1}
+        self.blocks = nn.ModuleList(Block(s, i, self.rotaries, i in self.value_of, i in self.skip_from,
+                                          i in self.wide) for i in range(s.layers))
         self.head = Linear(s.width, padded, zero=True)
+        self.tied = s.tied > 0
+        if self.tied:
+            nn.init.normal_(self.head.weight, std=0.005)
+        self.document = document_token(s.vocab_size)
+        self.bigram = nn.Embedding.from_pretrained(torch.zeros(s.bigram, s.width), freeze=False) if s.bigram else None
+        self.bigram_at_input = s.bigram > 0 and s.bigram_into == "input"
+        self.smear, self.smear_gate = (nn.Parameter(torch.zeros(1)), Gate(s.width, 1)) if s.smear else (None, None)
+        self.backout = nn.Parameter(torch.tensor([0.5])) if s.backout else None
 
-    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, window: int) -> Tensor:
-        """Mean cross entropy, nats per token. tokens, targets (sequences, length) int64; the rest as in `attention`."""
+    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, windows: tuple[int, int],
+                weights: Tensor) -> Tensor:
+        """Cross entropy, nats per token: mean over tokens, sum of weights (K,) times that of the next K tokens.
+
+        tokens, targets (sequences, length) int64; windows: of most blocks and of the wide ones; cu_seqlens as in
+        `attention`. The last tokens of a sequence have fewer targets.
+        """
         if self.compiled:
             torch._dynamo.mark_dynamic(cu_seqlens, 0)  # batches differ in their number of documents
-        x0, values = self.embed(tokens.flatten())
-        x, streams = x0, []
+        x0, bigram, values = self.embed(tokens.flatten(), cu_seqlens)
+        x, streams = x0.view_as(x0), []  # one tensor given twice would compile the first block anew
         for i, block in enumerate(self.blocks):
             skip = streams[self.skip_from[i]] if i in self.skip_from else None
             value = values[self.value_of[i]] if i in self.value_of else None
-            x = block(x, x0, skip, value, cu_seqlens, window if i % 4 == 3 else window // 2)
+            x = block(x, x0, bigram, skip, value, cu_seqlens, windows[i in self.wide])
             streams.append(x)
-        return self.loss(x, targets.flatten())
+        ahead = [F.pad(targets[:, k:], (0, k), value=-1).flatten() for k in range(len(weights))]
+        early = None if self.backout is None else streams[2 * len(streams) // 3]
+        return self.loss(x, early, torch.stack(ahead, dim=1), weights)
 
-    def embed(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return norm(self.tokens(tokens).to(self.dtype)), [table(tokens).to(self.dtype) for table in self.values]
+    def embed(self, tokens: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Embeddings of tokens, of each token with the one before it (or None), and for the values."""
+        x = LookUp.apply(self.head.weight if self.tied else self.tokens.weight, tokens, self)
+        bigram = None
+        if self.bigram is not None:
+            bigram = LookUp.apply(self.bigram.weight, self.pair_rows(tokens, cu_seqlens), self)
+        return self.first(x, bigram, cu_seqlens), bigram, [LookUp.apply(v.weight, tokens, self) for v in self.values]
 
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy of softcapped logits. They are bounded, so exp cannot overflow and no pass for the maximum is
-        needed: one read of the logits forward, one backward."""
+    def rows_of(self, table: Tensor, rows: Tensor) -> Tensor:
+        return F.embedding(rows, table).to(self.dtype)
+
+    def add_to_rows(self, table: Tensor, rows: Tensor, x: Tensor) -> None:
+        table.index_add_(0, rows, x.to(table.dtype))
+
+    def pair_rows(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Rows in the bigram embedding (modded-nanogpt). 32 bits of a hash of both tokens (Knuth's multiplication by
+        2³² / golden ratio, then a step of MurmurHash3's finaliser), scaled; what overflows int64 is masked away."""
+        before = torch.where(starts(cu_seqlens, tokens.numel()), self.document, tokens.roll(1))
+        mixed = (before << 16 | tokens) * 2654435769 & 0xFFFFFFFF
+        return ((mixed ^ mixed >> 15) * 2246822507 & 0xFFFFFFFF) * self.bigram.num_embeddings >> 32
+
+    def first(self, x: Tensor, bigram: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+        """The stream before the first block."""
+        if self.smear is not None:
+            before = x.roll(1, 0).masked_fill(starts(cu_seqlens, x.size(0))[:, None], 0)
+            x = x + self.smear.to(x.dtype) * self.smear_gate(x) * before
+        return norm(x) + bigram if self.bigram_at_input else norm(x)
+
+    def loss(self, x: Tensor, early: Tensor | None, targets: Tensor, weights: Tensor) -> Tensor:
+        """Cross entropy of softcapped logits, targets (tokens, K) of which -1 does not count, weights (K,). Logits are
+        bounded, so exp cannot overflow and no pass for the maximum is needed: one read forward, one backward.
+
+        early: a stream of which some was of use to blocks only, and not to the head: backout (modded-nanogpt)."""
+        if early is not None:
+            x = x - self.backout.to(x.dtype) * early
+        a, b, c = self.cap
         logits = self.head(norm(x)).float()
-        logits = self.softcap * (2 * torch.sigmoid(2 / self.softcap * logits) - 1)  # = softcap · tanh(logits / softcap)
-        return (logits.exp().sum(-1).log() - logits.gather(1, targets[:, None])[:, 0]).mean()
+        logits = a * (torch.sigmoid((logits + b) * (1 / c)) - 0.5)  # - 0.5 changes no loss and halves what exp sees
+        losses = logits.exp().sum(-1, keepdim=True).log() - logits.gather(1, targets.clamp(min=0))
+        return (torch.where(targets >= 0, losses, 0) * weights).sum(-1).mean()
 
     def compile_parts(self) -> None:
         """torch.compile by parts: blocks of one kind share a graph, so compiling takes seconds and not minutes."""
         torch._dynamo.config.recompile_limit = 64  # kinds of block × training or validation × fixed or symbolic window
         self.compiled = True
-        self.embed, self.loss = torch.compile(self.embed), torch.compile(self.loss)
+        for name in ("rows_of", "add_to_rows", "pair_rows", "first", "loss"):
+            setattr(self, name, torch.compile(getattr(self, name), fullgraph=True))
         for block in self.blocks:
             block.compile(fullgraph=True)
 
@@ -386,7 +625,8 @@ def pick_device(s: Settings) -> torch.device:
 
 def open_data(s: Settings, rank: int, world_size: int):
     """The training stream and this rank's validation batches; fills the folder first if `source` says how."""
-    train_shards = min(103, 1 + s.steps * s.batch_tokens // 80_000_000)  # of 100M tokens; sequences use about 88 %
+    train_tokens = tokens_before(s.steps, s)
+    train_shards = min(103, 1 + train_tokens // 80_000_000)  # of 100M tokens; sequences use about 88 %
     hint = {"fineweb": fineweb.command(s.data, train_shards), "local": f"python -m data.local_text {s.data}",
             "none": f"python -m data.tokenize_text TEXTS {s.data}"}[s.source]
     if s.source == "fineweb":
@@ -398,62 +638,98 @@ def open_data(s: Settings, rank: int, world_size: int):
     shared = dict(sequence_length=s.sequence_length, max_document=s.max_document, vocab_size=s.vocab_size, rank=rank,
                   world_size=world_size, hint=hint)
     loader = TrainLoader(s.data, seed=s.seed, **shared)
-    loader.require(s.steps * s.batch_tokens // s.sequence_length)
+    loader.require(train_tokens // s.sequence_length)
     validation = validation_batches(s.data, tokens=s.val_tokens, **shared,
                                     sequences_per_pass=val_at_once)
     return loader, validation
 
 
+def routed(s: Settings, model: GPT) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    groups = route(model)
+    if s.tied:  # then it learns as the head does, from the head's state on
+        groups["head"].append(next(member for member in groups["embedding"] if member[0] == "tokens.weight"))
+        groups["embedding"] = [member for member in groups["embedding"] if member[0] != "tokens.weight"]
+    return groups
+
+
 def make_optimizer(s: Settings, model: GPT):
-    return get_optimizer(s.optimizer, route(model), lr=s.lr, weight_decay=s.weight_decay, momentum=s.momentum,
-                         engine=s.engine, embedding_lr=s.embedding_lr, head_lr=s.head_lr, scalar_lr=s.scalar_lr)
+    options = {name: True for name in ("cautious", "row_normalize") if getattr(s, name)}  # some recipes have their own
+    return get_optimizer(s.optimizer, routed(s, model), lr=s.lr, weight_decay=s.weight_decay, momentum=s.momentum,
+                         engine=s.engine, embedding_lr=s.embedding_lr, head_lr=s.head_lr, scalar_lr=s.scalar_lr,
+                         adam_betas=(s.adam_beta1, 0.95), adam_every=s.adam_every, **options)
 
 
 def set_schedule(optimizer, step: int, s: Settings) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * lr_scale(step, s)
+        for name in ("lr", "weight_decay"):
+            group[name] = group["initial_" + name] * lr_scale(step, s)
         if "momentum" in group:
             group["momentum"] = momentum_at(step, s)
 
 
-def train_step(model: GPT, optimizer, batches, passes: int, window: int, device: torch.device) -> None:
+@torch.no_grad()
+def untie(model: GPT, optimizer) -> None:
+    """From now on the token embedding is a parameter of its own, with the head's values and the head's moments."""
+    model.tied = False
+    head, tokens = model.head.weight, model.tokens.weight
+    tokens.copy_(head)
+    for one in optimizer.optimizers:
+        if head in one.state:
+            one.state[tokens] = {name: value.clone() for name, value in one.state[head].items()}
+
+
+def train_step(model: GPT, optimizer, batches, passes: int, windows: tuple[int, int], weights: Tensor, device) -> None:
     with part("forward and backward"):
         for _ in range(passes):
             batch = next(batches).to(device)
-            (model(batch.tokens, batch.targets, batch.cu_seqlens, window) / passes).backward()
+            (model(batch.tokens, batch.targets, batch.cu_seqlens, windows, weights) / passes).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
-@torch.no_grad()
-def validate(model: GPT, batches, window: int, device: torch.device, world_size: int) -> float:
+def validate(model: GPT, batches, windows: tuple[int, int], device: torch.device, world_size: int) -> float:
     """Mean loss over the validation tokens of all ranks."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total, weights = torch.zeros((), dtype=torch.float64, device=device), torch.eye(model.predicted, device=device)[0]
     for batch in batches:
         batch = batch.to(device)
-        total += model(batch.tokens, batch.targets, batch.cu_seqlens, window)
+        with torch.set_grad_enabled(model.compiled):  # without gradients everything would be compiled once more
+            total += model(batch.tokens, batch.targets, batch.cu_seqlens, windows, weights).detach()
     total /= len(batches)
     if world_size > 1:
         dist.all_reduce(total)
     return total.item() / world_size
 
 
-def warm_up(s: Settings, model: GPT, loader: TrainLoader, validation, passes: int, device, world_size: int) -> None:
+def requests(s: Settings, world_size: int):
+    """(first sequence, sequences of the step, part, parts) of all passes of the run, for TrainLoader.batch."""
+    first, at_once = 0, s.sequences_at_once("batch_tokens", world_size)
+    for step in range(s.steps):
+        sequences = batch_at(step, s) // s.sequence_length
+        passes = sequences // world_size // at_once
+        yield from ((first, sequences, part, passes) for part in range(passes))
+        first += sequences
+
+
+def warm_up(s: Settings, model: GPT, loader: TrainLoader, validation, device, world_size: int) -> None:
     """Compile and load everything the run will need, on weights that are put back exactly afterwards."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = make_optimizer(s, model)
-    sequences = s.batch_tokens // s.sequence_length
-    windows = (window_at(0, s), window_at(s.steps - 1, s))  # a second value makes the window symbolic in the graphs
-    for window in windows:
+    sequences = batch_at(0, s) // s.sequence_length
+    passes = sequences // world_size // s.sequences_at_once("batch_tokens", world_size)
+    weights = torch.tensor(prediction_weights_at(0, s), device=device)
+    for step in (0, s.steps):
+        model.tied = tied_at(step, s)
+        windows = windows_at(step, s)  # a second value makes it symbolic in the graphs
         batches = (loader.batch(0, sequences, part, passes) for part in range(passes))
-        train_step(model, optimizer, batches, passes, window, device)
-        validate(model, validation[:1], window, device, world_size)
+        train_step(model, optimizer, batches, passes, windows, weights, device)
+        validate(model, validation[:1], windows, device, world_size)
     model.load_state_dict(before)
+    model.tied = s.tied > 0
 
 
 def train(s: Settings, device: torch.device, rank: int, world_size: int, started: list[Record]) -> None:
-    sequences = s.batch_tokens // s.sequence_length
-    passes = sequences // world_size // s.sequences_at_once("batch_tokens", world_size)
+    at_once = s.sequences_at_once("batch_tokens", world_size)
+    pass_tokens = at_once * s.sequence_length * world_size
     loader, validation = open_data(s, rank, world_size)
     record = Record(s.records, track=s.track, name=s.name, target=s.target, steps=s.steps, seed=s.seed,
                     config=asdict(s), script=Path(__file__), repository=REPOSITORY, device=str(device),
@@ -466,31 +742,37 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
     torch.manual_seed(s.seed)
     with torch.device(device):
         model = GPT(s)
-    record.line(route_table(route(model)))
+    record.line(route_table(routed(s, model)))
+    passes = [size // pass_tokens for size in s.batch_sizes()]
     record.line(f"seed {s.seed}, {world_size} process{'es' * (world_size > 1)} on {device.type}, "
-                f"{passes} pass{'es' * (passes > 1)} of {s.batch_tokens // passes // world_size} tokens a step")
+                f"{', '.join(map(str, passes))} pass{'es' * (max(passes) > 1)} of {pass_tokens // world_size} tokens a "
+                "step")
     if s.compile:
         model.compile_parts()
     began = time.perf_counter()
-    warm_up(s, model, loader, validation, passes, device, world_size)
+    warm_up(s, model, loader, validation, device, world_size)
     record.line(f"compiled and warmed up in {time.perf_counter() - began:.1f} s")
 
     optimizer = make_optimizer(s, model)
     for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
+        group |= {"initial_lr": group["lr"], "initial_weight_decay": group["weight_decay"]}
     for budget in budgets(optimizer):  # AMO's table goes into the log, too
         budget.say = record.line
     probes: dict[str, dict] = {}
-    requests = ((step * sequences, sequences, part, passes) for step in range(s.steps) for part in range(passes))
-    batches = loader.prefetch(requests, pin=device.type == "cuda")
+    batches = loader.prefetch(requests(s, world_size), pin=device.type == "cuda")
+    weights = [torch.tensor(prediction_weights_at(step, s), device=device) for step in range(s.steps)]
     clock = Clock(device)
     clock.start()
     for step in range(s.steps + 1):
+        windows = windows_at(step, s)
+        if s.yarn and (step == 0 or windows != windows_at(step - 1, s)):
+            for rotary in model.rotaries:
+                rotary.stretch(first_window(s), windows[1])
         if step % s.val_every == 0 or step == s.steps:
             seconds = clock.stop()
             optimizer.check_finite()
-            loss = validate(model, validation, window_at(min(step, s.steps - 1), s), device, world_size)
-            record.validation(step, loss, seconds, step * s.batch_tokens)
+            loss = validate(model, validation, windows, device, world_size)
+            record.validation(step, loss, seconds, tokens_before(step, s))
             if s.probe:
                 probes[str(step)] = probe(optimizer, model)
             if not math.isfinite(loss):
@@ -498,8 +780,10 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
             clock.start()
         if step == s.steps:
             break
+        if model.tied and not tied_at(step, s):
+            untie(model, optimizer)
         set_schedule(optimizer, step, s)
-        train_step(model, optimizer, batches, passes, window_at(step, s), device)
+        train_step(model, optimizer, batches, batch_at(step, s) // pass_tokens, windows, weights[step], device)
         record.progress(step + 1, clock.running())
 
     extra = {"optimizer": s.optimizer} | {"amo": budget.commitment for budget in budgets(optimizer)}
@@ -508,9 +792,10 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
     if s.source == "local" and rank == 0:
         extra["bigram loss"] = bigram_loss(s)
     if s.profile:
-        again = (loader.batch(0, sequences, part, passes) for part in itertools.cycle(range(passes)))
-        window = window_at(s.steps - 1, s)
-        table, extra["profile"] = profile_step(lambda: train_step(model, optimizer, again, passes, window, device))
+        again = (loader.batch(0, passes[-1] * at_once * world_size, part, passes[-1])
+                 for part in itertools.cycle(range(passes[-1])))
+        table, extra["profile"] = profile_step(lambda: train_step(model, optimizer, again, passes[-1], windows,
+                                                                  weights[-1], device))
         record.line(table)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     record.finish(peak_memory_bytes=peak, extra=extra)

@@ -10,10 +10,16 @@ from .finite import FiniteCheck
 
 
 class ShardedOptimizer(Optimizer):
-    """A torch optimizer whose subclass writes `_update`, one step over all its groups, and reads `ranks`, `steps`."""
+    """A torch optimizer whose subclass writes `_update`, one step over all its groups, and reads `ranks`, `steps`.
 
-    def __init__(self, params, defaults: dict, process_group=None):
+    every: only each so manieth step updates; the steps between leave the gradients to add up, and zero_grad() with them.
+    """
+
+    def __init__(self, params, defaults: dict, process_group=None, every: int = 1):
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
         super().__init__(params, defaults)
+        self.every = every
         self.ranks = Ranks(process_group)
         self.finite = FiniteCheck(self.ranks)
         self.steps = 0
@@ -28,7 +34,7 @@ class ShardedOptimizer(Optimizer):
         if capturing() and not (self.capturable and self.steps):
             raise RuntimeError(f"{type(self).__name__}: this step cannot be captured in a CUDA graph: " + (
                 "take one before, which makes the state" if self.capturable else
-                "several ranks, or a budget (AMO), have a part on the host; capture the gradients alone"))
+                "several ranks, a budget (AMO) or every > 1 have a part on the host; capture the gradients alone"))
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -36,13 +42,18 @@ class ShardedOptimizer(Optimizer):
         if not capturing():
             self.finite.poll(before=self.steps)
         self.steps += 1
-        self._update()
+        if self.steps % self.every == 0:
+            self._update()
         return loss
 
     @property
     def capturable(self) -> bool:
         """Whether a CUDA graph can hold a step."""
-        return self.ranks.size == 1
+        return self.ranks.size == 1 and self.every == 1
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if self.steps % self.every == 0:
+            super().zero_grad(set_to_none)
 
     def _update(self) -> None:
         raise NotImplementedError

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from data.shards import sha256, write_shard
 from optim import route
 from records.log import Record, parse_log, unpack_source
 from records.settings import SettingsError
-from train_gpt import GPT, PRESETS, Settings, attention, blockwise_attention, lr_scale, momentum_at, window_at
+from train_gpt import (GPT, PRESETS, Rotary, Settings, attention, blockwise_attention, lr_scale, momentum_at,
+                       prediction_weights_at, windows_at)
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 257  # bytes and the document token
@@ -198,7 +200,7 @@ def test_warm_up_trains_and_puts_every_weight_back_to_the_bit(data, monkeypatch)
     loader, validation = train_gpt.open_data(s, 0, 1)
     device = torch.device("cpu")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    loss = train_gpt.validate(model, validation, 32, device, 1)
+    loss = train_gpt.validate(model, validation, (16, 32), device, 1)
 
     inside = []  # names of the weights that differ while warm_up validates
     validate = train_gpt.validate
@@ -208,17 +210,17 @@ def test_warm_up_trains_and_puts_every_weight_back_to_the_bit(data, monkeypatch)
         return validate(model, *rest)
 
     monkeypatch.setattr(train_gpt, "validate", spy)
-    train_gpt.warm_up(s, model, loader, validation, batch_passes(s, 1), device, 1)
+    train_gpt.warm_up(s, model, loader, validation, device, 1)
     assert inside and all(names == set(before) for names in inside)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
-    assert validate(model, validation, 32, device, 1) == loss
+    assert validate(model, validation, (16, 32), device, 1) == loss
 
 
 def test_the_loss_at_step_0_is_that_of_a_freshly_seeded_model(finished, data):
     s, model = model_of(data=str(data))
     _, validation = train_gpt.open_data(s, 0, 1)
-    fresh = train_gpt.validate(model, validation, window_at(0, s), torch.device("cpu"), 1)
+    fresh = train_gpt.validate(model, validation, windows_at(0, s), torch.device("cpu"), 1)
     assert losses(finished)[0] == fresh
 
 
@@ -228,6 +230,95 @@ def test_gradient_accumulation_changes_no_loss(finished, data, tmp_path, tokens,
     record = train(data, tmp_path, device_batch_tokens=tokens)
     assert f", {passes} passes of {1024 // passes} tokens a step" in record["stdout"]
     assert losses(record) == pytest.approx(losses(finished), rel=1e-5)
+
+
+def test_a_batch_schedule_changes_batches_rates_and_tokens_and_no_sequence(data, tmp_path):
+    schedule = dict(batch_schedule="1,2,3", batch_tokens=1536, steps=6, val_every=1)
+    s = Settings(**PRESETS["local"] | TINY | schedule | dict(data=str(data)))
+    assert [train_gpt.batch_at(step, s) for step in range(7)] == [512, 512, 1024, 1024, 1536, 1536, 1536]
+    assert lr_scale(0, s) == pytest.approx((1 / 3) ** 0.5) and lr_scale(2, s) == pytest.approx((2 / 3) ** 0.5)
+    assert lr_scale(4, s) == lr_scale(4, Settings(steps=6))
+    asked = list(train_gpt.requests(s, 1))  # 1024 tokens fit the device, but 512 divide every batch
+    assert asked == [(0, 4, 0, 1), (4, 4, 0, 1), *((8, 8, part, 2) for part in range(2)), *((16, 8, part, 2) for part in
+                     range(2)), *((24, 12, part, 3) for part in range(3)), *((36, 12, part, 3) for part in range(3))]
+    one = train(data, tmp_path / "one", **schedule)
+    assert ", 1, 2, 3 passes of 512 tokens a step" in one["stdout"]
+    assert [point["tokens"] for point in one["validation"]] == [0, 512, 1024, 2048, 3072, 4608, 6144]
+    other = train(data, tmp_path / "other", device_batch_tokens=256, **schedule)
+    assert losses(other) == pytest.approx(losses(one), rel=1e-5)
+
+
+def test_the_head_is_the_embedding_until_they_part_and_then_both_learn(data, tmp_path, monkeypatch):
+    seen, step = [], train_gpt.train_step
+
+    def spy(model, optimizer, *rest):
+        before = model.tokens.weight.clone(), model.head.weight.clone()
+        step(model, optimizer, *rest)
+        moved = [not torch.equal(p, q) for p, q in zip((model.tokens.weight, model.head.weight), before)]
+        states = [state for one in optimizer.optimizers for p, state in one.state.items()
+                  if p is model.tokens.weight or p is model.head.weight]
+        seen.append((model.tied, *moved, torch.equal(*before), [int(state["step"]) for state in states]))
+
+    monkeypatch.setattr(train_gpt, "train_step", spy)
+    record = train(data, tmp_path, tied=0.5, steps=8)
+    # two of warm-up; then the embedding rests, starts as the head, and goes on with the head's state
+    assert seen[:2] == [(True, False, True, False, [1]), (False, True, True, False, [2, 1])]
+    assert seen[2:] == [*((True, False, True, False, [count]) for count in (1, 2, 3, 4)),
+                        (False, True, True, True, [5, 5]),
+                        *((False, True, True, False, [count] * 2) for count in (6, 7, 8))]
+    assert 0 < abs(losses(record)[0] - math.log(384)) < 0.05  # the head is not zero, but small
+    assert losses(record)[-1] < losses(record)[0] - 0.5
+    s, model = model_of(tied=0.5)
+    assert {name for name, _ in train_gpt.routed(s, model)["head"]} == {"head.weight", "tokens.weight"}
+
+
+def test_a_tied_head_s_gradient_is_the_sum_of_both_uses():
+    s, model = model_of(tied=1.0)
+    randomised(model)
+    tokens = torch.randint(0, VOCABULARY, (2, 128))
+    inputs = tokens, tokens.flip(1), torch.tensor([0, 128, 256], dtype=torch.int32), (32, 64), torch.ones(1)
+    model(*inputs).backward()
+    assert model.tokens.weight.grad is None
+    both, model.head.weight.grad, model.tied = model.head.weight.grad, None, False
+    with torch.no_grad():
+        model.tokens.weight.copy_(model.head.weight)
+    model(*inputs).backward()
+    torch.testing.assert_close(both, model.head.weight.grad + model.tokens.weight.grad)
+    assert model.tokens.weight.grad.any()
+
+
+def test_adam_every_second_step_leaves_everything_but_the_matrices_in_between(data, tmp_path, monkeypatch):
+    moved, step = [], train_gpt.train_step
+
+    def spy(model, optimizer, *rest):
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        step(model, optimizer, *rest)
+        moved.append({kind: any(not torch.equal(p, before[name]) for name, p in members)
+                      for kind, members in route(model).items()})
+
+    monkeypatch.setattr(train_gpt, "train_step", spy)
+    record = train(data, tmp_path, adam_every=2, steps=12)
+    moved = moved[4:]  # two of warm-up, and two until the head is not zero
+    assert len(moved) == 10 and all(step["matrix"] for step in moved)
+    for kind in ("embedding", "head", "scalar"):
+        assert [step[kind] for step in moved] == [False, True] * 5, kind
+    assert losses(record)[-1] < 5.5
+
+
+def test_weight_decay_follows_the_learning_rate_and_the_options_of_muon_arrive():
+    s, model = model_of(weight_decay=0.1, cautious=True, row_normalize=True, adam_beta1=0.5, steps=10, cooldown=1.0,
+                        final_lr=0)
+    optimizer = train_gpt.make_optimizer(s, model)
+    for group in optimizer.param_groups:
+        group |= {"initial_lr": group["lr"], "initial_weight_decay": group["weight_decay"]}
+    train_gpt.set_schedule(optimizer, 4, s)
+    [muon] = [group for group in optimizer.param_groups if group["kind"] == "matrix"]
+    assert muon["lr"] == pytest.approx(0.6 * s.lr) and muon["weight_decay"] == pytest.approx(0.06)
+    assert muon["cautious"] and muon["row_normalize"]
+    assert {group["betas"] for group in optimizer.param_groups if "betas" in group} == {(0.5, 0.95)}
+    _, model = model_of()
+    plain = train_gpt.make_optimizer(Settings(optimizer="normuon"), model).param_groups[0]
+    assert not plain["cautious"] and plain["row_normalize"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,12 +347,57 @@ def test_momentum_rises_from_0_85_over_its_warm_up():
 @pytest.mark.parametrize("steps", [1, 5, 8, 100, 1601])
 def test_the_window_grows_in_eighths_to_the_whole(steps):
     s = Settings(steps=steps, window=1792)
-    windows = [window_at(step, s) for step in range(steps)]
-    assert windows[-1] == 1792 and windows == sorted(windows)
-    assert set(windows) <= {224 * eighth for eighth in range(1, 9)}
+    windows = [windows_at(step, s) for step in range(steps)]
+    assert windows[-1] == windows_at(steps, s) == (896, 1792) and windows == sorted(windows)
+    assert set(windows) <= {(112 * eighth, 224 * eighth) for eighth in range(1, 9)}
     if steps >= 8:
-        assert windows[0] == 224 and len(set(windows)) == 8
-    assert min(window_at(step, Settings(steps=steps, window=2)) for step in range(steps)) == 2  # half of it must be 1
+        assert windows[0] == (112, 224) and len(set(windows)) == 8
+    assert {windows_at(step, Settings(steps=steps, window=2)) for step in range(steps)} == {(1, 2)}
+
+
+def test_the_weights_of_later_tokens_fall_to_zero_one_after_the_other():
+    s = Settings(steps=300, prediction_weights="1,0.5,0.25")
+    at = {step: prediction_weights_at(step, s) for step in (0, 50, 100, 150, 200, 299)}
+    assert at == {0: [1, 0.5, 0.25], 50: [1, 0.5, 0.125], 100: [1, 0.5, 0], 150: [1, 0.25, 0], 200: [1, 0, 0],
+                  299: [1, 0, 0]}
+    assert {weight for step in range(5) for weight in prediction_weights_at(step, Settings(steps=5))} == {1}
+
+
+def test_predicting_three_tokens_trains_on_them_and_validates_on_one(finished, data, tmp_path):
+    record = train(data, tmp_path, prediction_weights="1,0.5,0.25")
+    assert losses(record)[0] == losses(finished)[0] and losses(record)[1] != losses(finished)[1]
+    assert losses(record)[-1] < 4.5
+
+
+def test_windows_have_a_first_value_and_a_short_one():
+    s = Settings(steps=80, window=1664, short_window=768, window_start=384)
+    windows = [windows_at(step, s) for step in range(80)]
+    assert windows[0] == windows[9] == (177, 384) and windows[10] == (261, 566) and windows[79] == (768, 1664)
+
+
+def test_yarn_slows_what_turns_slowly_down_and_leaves_distances_alone():
+    rotary, stretched = Rotary(32, 256), Rotary(32, 256)
+    stretched.stretch(64, 256)
+    q, k = (torch.randn(256, 1, 32, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+
+    def score(rotary, i, j):
+        return (rotary(q[:1].expand(256, 1, 32))[i] * rotary(k[:1].expand(256, 1, 32))[j]).sum().item()
+
+    sharper = 1 + 0.2 * math.log(4)
+    angles = torch.atan2(stretched.sin, stretched.cos)[0, :, 0]  # (256, 16)
+    assert angles[1, 0] == pytest.approx(1 / 4 + 3 / 4 * (64 / (2 * math.pi) - 1) / 31)  # 10 turns in 64 tokens
+    assert angles[100, 4] == pytest.approx(100 / 4 / 1024 ** (4 / 7), rel=1e-5) and not angles[:, 8:].any()
+    assert score(stretched, 60, 50) == pytest.approx(score(stretched, 130, 120), abs=1e-4)
+    assert score(stretched, 7, 7) == pytest.approx(sharper * score(rotary, 7, 7), abs=1e-4)
+    stretched.stretch(64, 64)
+    assert torch.equal(stretched.cos, rotary.cos) and torch.equal(stretched.sin, rotary.sin)
+
+
+def test_a_run_with_yarn_stretches_with_its_window(data, tmp_path, monkeypatch):
+    seen, stretch = [], Rotary.stretch
+    monkeypatch.setattr(Rotary, "stretch", lambda rotary, *windows: (seen.append(windows), stretch(rotary, *windows)))
+    train(data, tmp_path, steps=16, yarn=True, window_start=22)
+    assert seen == [(1, 1), *((22, 22 + 6 * grown) for grown in range(8))]
 
 
 @pytest.mark.parametrize("world_size, passes", [(1, 8), (2, 4), (4, 2), (8, 1), (16, 1), (32, 1)])
@@ -284,6 +420,8 @@ def test_processes_that_do_not_divide_the_batch_are_refused():
         batch_passes(Settings(), 3)
     with pytest.raises(SettingsError, match="--batch-tokens 16385 must be a multiple of 16384"):
         batch_passes(Settings(batch_tokens=16385), 1)
+    with pytest.raises(SettingsError, match=r"--batch-tokens 174763 \(of --batch-schedule 1,3\) must be a multiple of"):
+        batch_passes(Settings(batch_schedule="1,3"), 1)
 
 
 @pytest.mark.parametrize("changes, named", [
@@ -294,6 +432,19 @@ def test_processes_that_do_not_divide_the_batch_are_refused():
     (dict(width=100), "--width 100 must be a multiple of 4 × --heads 6"),
     (dict(value_embeddings=7), "--value-embeddings 7 needs at least twice as many --layers, not 12"),
     (dict(value_embeddings=-1), "--value-embeddings -1"),
+    (dict(paired_blocks="1,12"), "--paired-blocks 1,12 must be numbers of blocks, from 0 to 11 (--layers 12)"),
+    (dict(mlp_blocks="0.5"), "--mlp-blocks 0.5 must be"), (dict(mlp_blocks="x"), "--mlp-blocks 'x' expects numbers"),
+    (dict(paired_blocks="0", heads=3), "--paired-blocks 0 needs an even number of --heads, not 3"),
+    (dict(paired_blocks="0,1", mlp_blocks="1,2"), "--mlp-blocks 1,2: some are among --paired-blocks 0,1"),
+    (dict(adam_every=2, optimizer="adamw"), "--adam-every need an --optimizer"),
+    (dict(adam_every=0), "--adam-every 0"), (dict(logit_cap="15"), "--logit-cap 15 must be three numbers A,B,C"),
+    (dict(logit_cap="141,0,1"), "--logit-cap 141,0,1"), (dict(logit_cap="30,0,0"), "--logit-cap 30,0,0"),
+    (dict(prediction_weights="1,-1"), "--prediction-weights 1,-1 must not be negative"),
+    (dict(prediction_weights="0,1"), "--prediction-weights 0,1"),
+    (dict(short_window=1793), "--short-window 1793 must be at most --window 1792"),
+    (dict(window_start=3000), "--window-start 3000 must be at most --window 1792"),
+    (dict(batch_schedule="1,half"), "--batch-schedule '1,half' expects numbers with commas between, such as 1"),
+    (dict(batch_schedule="0,1"), "--batch-schedule 0,1: sizes of a batch must be more than 0"),
     (dict(steps=0), "--steps 0"), (dict(val_every=0), "--val-every 0"), (dict(window=1), "--window 1"),
 ])
 def test_settings_that_cannot_work_are_refused_by_name(changes, named):
@@ -331,15 +482,29 @@ def test_every_parameter_of_the_record_model_is_routed_to_one_group_and_counted(
     assert all(p.ndim == 2 and name.startswith("blocks.") for name, p in groups["matrix"])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_look_up_adds_autograd_s_gradient_to_the_table_s(dtype):
+    s, model = model_of(dtype=dtype)
+    table, other = model.values[0].weight, model.values[0].weight.detach().clone().requires_grad_()
+    for seed in (0, 1):  # and another pass adds
+        torch.manual_seed(seed)
+        rows, weights = torch.randint(0, 20, (256,)), torch.randn(256, 32, dtype=getattr(torch, dtype))
+        found, expected = train_gpt.LookUp.apply(table, rows, model), F.embedding(rows, other).to(weights.dtype)
+        assert torch.equal(found, expected)
+        (found * weights).sum().backward()
+        (expected * weights).sum().backward()
+    torch.testing.assert_close(table.grad, other.grad)
+
+
 @pytest.mark.parametrize("scale", [0.1, 3.0, 300.0])
 def test_the_loss_is_cross_entropy_of_softcapped_logits(scale):
-    s, model = model_of(softcap=7.0)
+    s, model = model_of(logit_cap="14,0,3.5")  # 7 · tanh(logit / 7)
     torch.manual_seed(1)
     x = torch.randn(50, 32, requires_grad=True)
     with torch.no_grad():
         model.head.weight.normal_(std=scale)
     targets = torch.randint(0, VOCABULARY, (50,))
-    loss = model.loss(x, targets)
+    loss = model.loss(x, None, targets[:, None], torch.ones(1))
     weight = model.head.weight.detach().double().requires_grad_()
     x64 = x.detach().double().requires_grad_()
     logits = F.rms_norm(x64, (32,)) @ weight.T
@@ -351,21 +516,181 @@ def test_the_loss_is_cross_entropy_of_softcapped_logits(scale):
         assert (found - wanted).norm() <= 2e-4 * wanted.norm()  # where a logit is saturated float32 keeps few digits
 
 
-def test_a_document_s_stream_through_the_model_depends_on_no_other_document_and_no_later_token():
-    s, model = model_of(layers=4)  # one block of four has the full window
-    randomised(model).loss = lambda x, targets: x
+def test_the_loss_weighs_the_next_tokens_and_caps_logits_off_centre():
+    s, model = model_of(logit_cap="23,5,7.5")
+    randomised(model)
+    streams, loss = [], model.loss
+    model.loss = lambda x, *rest: (streams.append(x), loss(x, *rest))[1]
+    tokens, targets = torch.randint(0, VOCABULARY, (2, 2, 128), generator=torch.Generator().manual_seed(1))
+    bounds = torch.tensor([0, 128, 256], dtype=torch.int32)
+    found = model(tokens, targets, bounds, (32, 64), torch.tensor([1.0, 0.5, 0.25])).item()
+    logits = F.rms_norm(streams[0].double(), (32,)) @ model.head.weight.double().T
+    logits = (23 * torch.sigmoid((logits + 5) / 7.5)).view(2, 128, -1)
+    expected = 0
+    for k, weight in enumerate((1, 0.5, 0.25)):
+        left = logits[:, :128 - k].flatten(0, 1), targets[:, k:].flatten()
+        expected += weight * F.cross_entropy(*left, reduction="sum") / 256
+    assert found == pytest.approx(expected.item(), rel=1e-6)
+    plain = model(tokens, targets, bounds, (32, 64), torch.ones(1)).item()
+    assert plain == pytest.approx(F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item(), rel=1e-6)
+
+
+def pair_row(before: int, token: int, rows: int) -> int:
+    mixed = (before * 65536 + token) * 2654435769 % 2**32
+    return (mixed ^ mixed // 2**15) * 2246822507 % 2**32 * rows // 2**32
+
+
+def test_pairs_of_tokens_spread_over_all_rows_as_at_random():
+    for start, end, stride in ((0, 200, 1), (0, 65536, 613), (65336, 65536, 1)):
+        for rows in (97, 1000, 251520):
+            some = torch.arange(start, end, stride)
+            both = torch.cartesian_prod(some, some)  # pairs one after the other: every second row is of one of them
+            model = SimpleNamespace(document=0, bigram=SimpleNamespace(num_embeddings=rows))
+            row = GPT.pair_rows(model, both.flatten(), torch.tensor([0, both.numel()]))[1::2]
+            counts = torch.bincount(row, minlength=rows).double()
+            assert counts.numel() == rows
+            assert counts.var() == pytest.approx(row.numel() / rows, rel=0.35)  # Poisson: the variance is the mean
+        assert row[-1] == pair_row(*both[-1].tolist(), 251520)
+
+
+def test_the_bigram_embedding_is_of_a_token_and_the_one_before_it_in_its_document():
+    s, model = model_of(bigram=500)
+    with torch.no_grad():
+        model.bigram.weight.normal_()
+    tokens = torch.randint(0, VOCABULARY, (256,), generator=torch.Generator().manual_seed(1))
+    _, bigram, _ = model.embed(tokens, torch.tensor([0, 50, 128, 256], dtype=torch.int32))
+    for i in (0, 1, 49, 50, 51, 127, 128, 255):
+        other = VOCABULARY - 1 if i in (0, 50, 128) else int(tokens[i - 1])
+        assert torch.equal(bigram[i], model.bigram.weight[pair_row(other, int(tokens[i]), 500)])
+    assert "bigram.weight" in {name for name, _ in route(model)["embedding"]}
+
+
+@pytest.mark.parametrize("into", ["blocks", "input"])
+def test_a_run_learns_with_a_bigram_embedding_that_starts_as_nothing(finished, data, tmp_path, into):
+    record = train(data, tmp_path, bigram=1000, bigram_into=into)
+    assert losses(record)[0] == losses(finished)[0] and losses(record)[-1] < losses(finished)[-1]
+
+
+def test_paired_heads_attend_to_both_heads_keys_in_one_softmax():
+    s, model = model_of(paired_blocks="0", heads=4)
+    attention, bounds = model.blocks[0].attention, [0, 50, 128, 130, 256]
+    attention.o.weight.data = torch.eye(32)
+    x = torch.randn(256, 32)
+    found = attention(x, None, torch.tensor(bounds, dtype=torch.int32), 40)
+    q, k, v = (F.linear(x, part.weight).view(2, 128, 4, 8) for part in (attention.q, attention.k, attention.v))
+    turn = Rotary(8, 256)
+    q, k = ([turn(torch.stack([F.rms_norm(y, (8,))[:, :, h], F.rms_norm(y, (8,))[:, :, h + 2]], dim=2)
+                  .reshape(512, 1, 8)) for h in (0, 1)] for y in (q, k))  # two heads in turns
+    mask = visible([2 * bound for bound in bounds], 40)
+    for h in (0, 1):
+        values = torch.stack([v[:, :, h], v[:, :, h + 2]], dim=2).reshape(512, 1, 8)
+        both = dense_attention(q[h], k[h], values, mask, 0.12).view(256, 2, 8)
+        torch.testing.assert_close(found.view(256, 4, 8)[:, [h, h + 2]], both, rtol=1e-4, atol=1e-5)
+
+
+def test_shifted_keys_have_the_previous_token_s_half_without_position():
+    s, model = model_of(key_shift=True)
+    assert [block.attention.shifted is not None for block in model.blocks] == [False, True]  # the last one is wide
+    attention, bounds = model.blocks[1].attention, torch.tensor([0, 100, 256], dtype=torch.int32)
+    attention.o.weight.data = torch.eye(32)
+    x, seen = torch.randn(256, 32), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "attention", lambda q, k, v, *rest, **scale: (seen.append(k), v)[1])
+        attention(x, None, bounds, 64)
+        attention.shifted = None
+        attention(x, None, bounds, 64)
+    shifted, plain = seen
+    still = [4, 5, 6, 7, 12, 13, 14, 15]
+    moving = [0, 1, 2, 3, 8, 9, 10, 11]
+    assert torch.equal(shifted[..., moving], plain[..., moving])
+    for i in (0, 1, 2, 99, 100, 101, 255):
+        assert torch.equal(shifted[i][:, still], plain[i if i in (0, 100) else i - 1][:, still])
+
+
+GATES = dict(smear=True, attention_gates="all", value_gates=True, skip_gates=True, backout=True)
+
+
+@pytest.mark.parametrize("part", GATES)
+def test_a_gate_starts_without_effect_and_learns(part):
+    torch.manual_seed(1)
+    tokens, targets = torch.randint(0, VOCABULARY, (2, 2, 128))
+    inputs = tokens, targets, torch.tensor([0, 50, 128, 256], dtype=torch.int32), (32, 64), torch.ones(1)
+    _, plain = model_of(layers=6)
+    randomised(plain)
+    s, model = model_of(layers=6, **{part: GATES[part]})
+    new = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert new and set(new) <= {name for name, _ in route(model)["scalar"]}
+    if part == "backout":
+        assert model(*inputs).item() != plain(*inputs).item()
+        model.backout.data.zero_()
+    model(*inputs).backward()
+    assert model(*inputs).item() == plain(*inputs).item()
+    learning = {name for name, p in model.named_parameters() if name in new and p.grad.any()}
+    assert learning == set(new) - {"smear_gate.weight"}  # which is multiplied by smear = 0
+
+
+def test_a_gate_scales_a_head_s_output_and_its_value_embedding():
+    s, model = model_of(attention_gates="all", value_gates=True)
+    attention, bounds = randomised(model).blocks[0].attention, torch.tensor([0, 100, 256], dtype=torch.int32)
+    x, value = torch.randn(2, 256, 32)
+    attention.o.weight.data = torch.eye(32)
+    factors = 2 * torch.sigmoid(x[:, :12] @ attention.gate.weight.view(2, 12).T).repeat_interleave(16, dim=1)
+    values = 2 * torch.sigmoid(x[:, :12] @ attention.value_gate.weight.view(2, 12).T).repeat_interleave(16, dim=1)
+    found = attention(x, value, bounds, 64)
+    attention.gate = attention.value_gate = None
+    torch.testing.assert_close(found, factors * attention(x, values * value, bounds, 64))
+
+
+def test_backout_takes_half_of_the_stream_at_two_thirds_away():
+    s, model = model_of(layers=6, backout=True)
+    seen, loss = [], randomised(model).loss
+    model.blocks[4].register_forward_hook(lambda block, inputs, output: seen.append(output))
+    model.loss = lambda x, early, *rest: (seen.extend((x, early)), loss(x, early, *rest))[1]
+    tokens, one = torch.randint(0, VOCABULARY, (2, 128)), torch.ones(1)
+    found = model(tokens, tokens, torch.tensor([0, 128, 256], dtype=torch.int32), (32, 64), one)
+    output, x, early = seen
+    assert early is output
+    torch.testing.assert_close(found, loss(x - 0.5 * early, None, tokens.view(-1, 1), one))
+
+
+def test_gates_for_wide_blocks_alone_are_in_every_fourth_and_the_last():
+    _, model = model_of(layers=6, attention_gates="wide")
+    assert [i for i, block in enumerate(model.blocks) if block.attention.gate is not None] == [3, 5]
+
+
+def test_smear_adds_the_embedding_before_within_the_document():
+    s, model = model_of(smear=True)
+    randomised(model)
+    tokens, bounds = torch.randint(0, VOCABULARY, (256,)), torch.tensor([0, 100, 256], dtype=torch.int32)
+    x = model.tokens.weight[tokens]
+    before = torch.cat([x[:1] * 0, x[:-1]])
+    before[100] = 0
+    expected = x + model.smear * 2 * torch.sigmoid(x[:, :12] @ model.smear_gate.weight)[:, None] * before
+    torch.testing.assert_close(model.embed(tokens, bounds)[0], F.rms_norm(expected, (32,)))
+
+
+def test_a_run_with_all_parts_learns(data, tmp_path):
+    assert losses(train(data, tmp_path, layers=4, paired_blocks="0,2", key_shift=True, mlp_blocks="1", yarn=True,
+                        **GATES))[-1] < 4.5
+
+
+@pytest.mark.parametrize("parts", [{}, GATES | dict(bigram=500),
+                                   dict(paired_blocks="0,2", key_shift=True, mlp_blocks="1")])
+def test_a_document_s_stream_through_the_model_depends_on_no_other_document_and_no_later_token(parts):
+    s, model = model_of(layers=4, **parts)  # one block of four has the full window
+    randomised(model).loss = lambda x, *rest: x
     torch.manual_seed(2)
     tokens = torch.randint(0, VOCABULARY, (2, 128))
     bounds = torch.tensor([0, 50, 128, 200, 256], dtype=torch.int32)  # the second document: tokens 50 to 127
     here = torch.zeros(256, dtype=torch.bool)
     here[50:100] = True
     with torch.no_grad():
-        x = model(tokens, tokens, bounds, 64)
+        x = model(tokens, tokens, bounds, (32, 64), torch.ones(1))
         other = torch.where(here, tokens.flatten(), torch.randint(0, VOCABULARY, (256,))).view(2, 128)
-        y = model(other, other, bounds, 64)
+        y = model(other, other, bounds, (32, 64), torch.ones(1))
         torch.testing.assert_close(y[here], x[here], rtol=1e-6, atol=1e-6)
         assert (y[~here] != x[~here]).any(1).sum() > 150
-        merged = model(tokens, tokens, torch.tensor([0, 128, 200, 256], dtype=torch.int32), 64)
+        merged = model(tokens, tokens, torch.tensor([0, 128, 200, 256], dtype=torch.int32), (32, 64), torch.ones(1))
         assert (merged[here] - x[here]).abs().max() > 1e-3  # without the boundary it would see the first document
 
 
@@ -435,7 +760,9 @@ def test_a_token_sees_its_window_of_its_document_and_nothing_else(window):
 @pytest.mark.parametrize("window", [1, 2, 7, 64, 1000, 5000])
 def test_varlen_attention_on_a_gpu_computes_the_same(window):
     bounds = torch.tensor([0, 1, 100, 1124, 1200, 2000, 2777], dtype=torch.int32, device="cuda")
-    half = [x.to("cuda", torch.bfloat16).requires_grad_() for x in queries_keys_values(2777, heads=3, head_dim=64)]
+    half = [x.to("cuda", torch.bfloat16) for x in queries_keys_values(2777, heads=3, head_dim=64)]
+    half[2] = torch.stack(half, dim=1)[:, 2]  # values are a part of a fused product
+    half = [x.requires_grad_() for x in half]
     full = [x.detach().float().requires_grad_() for x in half]
     found = attention(*half, bounds, 1024, window, 0.12)
     wanted = blockwise_attention(*full, bounds, window, 0.12)

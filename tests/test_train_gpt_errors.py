@@ -14,6 +14,7 @@ import train_gpt
 from data.shards import HEADER_BYTES, write_shard
 from records.log import parse_log
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -124,7 +125,8 @@ def test_too_few_validation_tokens_say_how_many_there_are(fails, shards):
     (dict(device_batch_tokens=64), "--device-batch-tokens 64 is less than one sequence"),
     # what would divide by zero, or turn training upside down
     (dict(heads=0), "--heads 0"), (dict(heads=-2), "--heads -2"), (dict(width=0), "--width 0"),
-    (dict(layers=0, value_embeddings=0), "--layers 0"), (dict(softcap=0), "--softcap 0"),
+    (dict(layers=0, value_embeddings=0), "--layers 0"),
+    (dict(logit_cap="nan,0,1"), "--logit-cap 'nan,0,1' expects numbers"),
     (dict(vocab_size=1), "--vocab-size 1"), (dict(vocab_size=70000), "--vocab-size 70000"),
     (dict(max_document=0), "--max-document 0"), (dict(seed=-1), "--seed -1"), (dict(momentum=1.5), "--momentum 1.5"),
     (dict(lr=-0.5), "--lr -0.5"), (dict(embedding_lr=-1), "--embedding-lr -1"), (dict(target="inf"), "--target inf"),
@@ -206,7 +208,7 @@ def test_a_gradient_that_is_not_finite_names_the_parameter_and_the_step(fails, d
         if step == 5:  # the sixth step
             [p] = [p for group in optimizer.param_groups
                    for p, known in zip(group["params"], group["param_names"]) if known == name]
-            hook = p.register_hook(lambda gradient: (hook.remove(), gradient * bad)[1])
+            hook = optimizer.register_step_pre_hook(lambda *_: (hook.remove(), p.grad.mul_(bad))[0])
 
     monkeypatch.setattr(train_gpt, "set_schedule", poison)
     message = fails(data, steps=12, val_every=4)
