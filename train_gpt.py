@@ -31,6 +31,8 @@ from torch import Tensor, nn
 
 from data import fineweb, local_text, shards
 from data.shards import DataError, TrainLoader, document_token, validation_batches
+from kernels import why_not
+from kernels.cross_entropy import MOST_SCALE, softcapped_cross_entropy
 from optim import OPTIMIZERS, NonFiniteError, budgets, get_optimizer, route, route_table
 from optim.parts import part
 from optim.probe import probe
@@ -85,6 +87,8 @@ class Settings:
     skip_gates: bool = option(False, "a gate for each skip")
     backout: bool = option(False, "take some of the stream at two thirds of the blocks away before the head")
     logit_cap: str = option("30,0,7.5", "A, B, C: logits become A · sigmoid((logit + B) / C), at most A apart")
+    head_precision: str = option("bfloat16", "of the head's products: bfloat16 is --dtype; fp8 needs a GPU",
+                                 choices=("bfloat16", "fp8"))
     window: int = option(1792, "tokens that attention looks back over in the end, in every fourth and the last block",
                          least=2)
     short_window: int | None = option(None, "the same in the other blocks; none: half of --window", least=1)
@@ -145,9 +149,9 @@ class Settings:
             raise SettingsError("--cautious, --row-normalize and --adam-every need an --optimizer that leaves the "
                                 "matrices to Muon, not adamw")
         cap, weights = self.numbers("logit_cap"), self.numbers("prediction_weights")
-        if len(cap) != 3 or not 0 < cap[0] <= 140 or not cap[2] > 0:
-            raise SettingsError(f"--logit-cap {self.logit_cap} must be three numbers A,B,C with 0 < A <= 140 (or exp "
-                                "overflows) and C > 0")
+        if len(cap) != 3 or not 0 < cap[0] <= MOST_SCALE or not cap[2] > 0:
+            raise SettingsError(f"--logit-cap {self.logit_cap} must be three numbers A,B,C with 0 < A <= {MOST_SCALE:g} "
+                                "(or exp underflows) and C > 0")
         if min(weights) < 0 or weights[0] == 0 or len(weights) > self.sequence_length:
             raise SettingsError(f"--prediction-weights {self.prediction_weights} must not be negative, the first more "
                                 f"than 0, and at most --sequence-length {self.sequence_length} in number")
@@ -423,7 +427,7 @@ class Attention(nn.Module):
         q, k = self.rotary(q), self.rotary(k)
         if self.shifted is not None:
             k = torch.where(self.shifted & ~starts(cu_seqlens, k.size(0))[:, None, None], k.roll(1, 0), k)
-        y = attention(q, k, v, cu_seqlens, max_document, window, scale=0.12)  # of unit-norm q and k
+        y = attention(q, k, v.contiguous(), cu_seqlens, max_document, window, scale=0.12)  # of unit-norm q and k
         if self.gate is not None:
             y = y.view(x.size(0), self.heads, -1) * self.gate(x)[:, :, None]
         return self.o(y.reshape(x.shape))
@@ -477,6 +481,7 @@ class GPT(nn.Module):
         super().__init__()
         padded = -(-s.vocab_size // 128) * 128
         self.dtype, self.cap, self.compiled = getattr(torch, s.dtype), tuple(s.numbers("logit_cap")), False
+        self.precision = s.head_precision
         self.predicted = len(s.numbers("prediction_weights"))
         self.rotaries = nn.ModuleList(Rotary(s.width // s.heads, s.sequence_length * (1 + paired))
                                       for paired in range(2 if s.paired_blocks else 1))
@@ -548,17 +553,13 @@ class GPT(nn.Module):
         return norm(x) + bigram if self.bigram_at_input else norm(x)
 
     def loss(self, x: Tensor, early: Tensor | None, targets: Tensor, weights: Tensor) -> Tensor:
-        """Cross entropy of softcapped logits, targets (tokens, K) of which -1 does not count, weights (K,). Logits are
-        bounded, so exp cannot overflow and no pass for the maximum is needed: one read forward, one backward.
+        """Cross entropy of softcapped logits, targets (tokens, K) of which -1 does not count, weights (K,).
 
         early: a stream of which some was of use to blocks only, and not to the head: backout (modded-nanogpt)."""
         if early is not None:
             x = x - self.backout.to(x.dtype) * early
-        a, b, c = self.cap
-        logits = self.head(norm(x)).float()
-        logits = a * (torch.sigmoid((logits + b) * (1 / c)) - 0.5)  # - 0.5 changes no loss and halves what exp sees
-        losses = logits.exp().sum(-1, keepdim=True).log() - logits.gather(1, targets.clamp(min=0))
-        return (torch.where(targets >= 0, losses, 0) * weights).sum(-1).mean()
+        return softcapped_cross_entropy(norm(x), self.head.weight, targets, weights, cap=self.cap,
+                                        precision=self.precision)
 
     def compile_parts(self) -> None:
         """torch.compile by parts: blocks of one kind share a graph, so compiling takes seconds and not minutes."""
@@ -611,6 +612,13 @@ def process_group(device: torch.device):
 
 
 def pick_device(s: Settings) -> torch.device:
+    device = _pick_device(s)
+    if s.head_precision == "fp8" and (device.type == "cpu" or why_not(device)):
+        raise SettingsError(f"--head-precision fp8: {why_not(device) or 'it needs a GPU'}; use --head-precision bfloat16")
+    return device
+
+
+def _pick_device(s: Settings) -> torch.device:
     if s.device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("--device cuda, but torch finds no GPU: look at nvidia-smi, or use --device cpu")
     if s.device == "cpu" or not torch.cuda.is_available():

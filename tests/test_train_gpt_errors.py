@@ -156,6 +156,10 @@ def test_a_gpu_that_is_not_there_is_said_with_the_option_that_does_without(fails
     assert "no GPU" in message and "--device cpu" in message
 
 
+def test_eight_bits_without_a_gpu_are_refused_with_the_option_that_does_without(fails, data):
+    assert "--head-precision fp8" in (message := fails(data, head_precision="fp8")) and "bfloat16" in message
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
