@@ -40,7 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import why_not
-from .fp8 import E5M2, INTERPRETED, LEAST, MULTIPLE, quantised, store_both
+from .fp8 import E5M2, INTERPRETED, MULTIPLE, quantised, store_both
 
 PRECISIONS = ("bfloat16", "fp8")
 ROWS = 32768  # tokens whose logits exist at a time: 3.3 GB at a vocabulary of 50304. cuBLAS is as fast with 65536
@@ -162,7 +162,7 @@ def softcapped_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, weights
                is the cross entropy itself
     cap        (A, B, C) of z = A · sigmoid((l + B) / C), 0 < A ≤ 80, C > 0
     precision  of the products: "bfloat16", the dtype of x; "fp8", for which tokens, vocabulary and width must be
-               multiples of 16 and at least 64
+               multiples of 16
     engine     "fused": the kernels; "eager": the twin; "auto": the kernels for CUDA tensors wherever they run.
                ValueError where they cannot do what is asked; fp8 is theirs alone
     """
@@ -190,9 +190,9 @@ def softcapped_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, weights
         if not fused:
             raise ValueError(f'softcapped_cross_entropy precision="fp8" is for the kernels, '
                              f'{obstacle or "which run on a GPU or with engine=fused"}; use precision="bfloat16"')
-        if any(size % MULTIPLE or size < LEAST for size in (*x.shape, weight.size(0))):
+        if any(size % MULTIPLE for size in (*x.shape, weight.size(0))):
             raise ValueError(f'softcapped_cross_entropy precision="fp8" needs tokens, width and vocabulary that are '
-                             f'multiples of {MULTIPLE} and at least {LEAST}, got {tuple(x.shape)} and {tuple(weight.shape)}; use '
+                             f'multiples of {MULTIPLE}, got {tuple(x.shape)} and {tuple(weight.shape)}; use '
                              f'precision="bfloat16"')
     if not fused:
         return softcapped_cross_entropy_eager(x, weight, targets, weights, cap)
@@ -214,7 +214,7 @@ def _operator(x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, cap: 
     x, targets, weights = x.contiguous(), targets.contiguous(), weights.contiguous()
     (tokens, _), vocabulary = x.shape, weight.size(0)
     fp8 = precision == "fp8"
-    head = quantised(weight.to(torch.bfloat16).contiguous()) if fp8 else weight.to(x.dtype)
+    head = quantised(weight.contiguous()) if fp8 else weight.to(x.dtype)
     if fp8 and gradients:
         total = weights.abs().sum()
         total = torch.where(total == 0, 1.0, total)
@@ -226,7 +226,7 @@ def _operator(x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, cap: 
         part = slice(begin, min(begin + ROWS, tokens))
         logits = buffer[: part.stop - begin]
         if fp8:
-            rows = quantised(x[part].to(torch.bfloat16))
+            rows = quantised(x[part])
             torch._scaled_mm(rows[0], head[0].T, rows[2], head[2], out_dtype=logits.dtype, use_fast_accum=True,
                              out=logits)
         else:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2  # 4 significant bits up to 448; 3 up to 57344
 MULTIPLE = 16  # of which every side must be, for cuBLAS
-LEAST = 64  # of every side: results of products with sides of 16 and 32 held NaN on an H200, which is not understood yet
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # it knows no assembly
 _ROWS, _COLUMNS = 64, 128  # of a tile
 
@@ -35,14 +34,30 @@ def _scale(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def store_both(values, straight, transposed, rows, columns, R, C):
-    """A float32 tile into (R, C) `straight` and (C, R) `transposed`, 8 bits each; what lies beyond is left out."""
+def _eight_bits(values, KIND: tl.constexpr):
+    """float32 rounded to the dtype KIND.
+
+    Four at a time by assembly. Of triton's own casts, of which some bytes are stored one by one (to be transposed) and
+    all in fours, the assembler of CUDA 12.8, which triton 3.6 has, reads the second of each four too early: an H200 had
+    every fourth row of a transpose wrong. It does so where PTX shifts 16 bits (shr.u16), which this leaves none of.
+    """
     if INTERPRETED:  # its own cast loses what a rounded mantissa carries into the exponent: leave it nothing to round
-        dropped: tl.constexpr = 23 - straight.dtype.element_ty.fp_mantissa_width
+        dropped: tl.constexpr = 23 - KIND.fp_mantissa_width
         bits = values.to(tl.int32, bitcast=True)
         bits += (1 << (dropped - 1)) - 1 + ((bits >> dropped) & 1)
-        values = ((bits >> dropped) << dropped).to(tl.float32, bitcast=True)
-    values = values.to(straight.dtype.element_ty)
+        return ((bits >> dropped) << dropped).to(tl.float32, bitcast=True).to(KIND)
+    NAME: tl.constexpr = "e4m3x2" if KIND.fp_mantissa_width == 3 else "e5m2x2"
+    CAST: tl.constexpr = "cvt.rn.satfinite." + NAME + ".f32 "
+    ASM: tl.constexpr = ("{ .reg .b16 low, high; " + CAST + "low, $2, $1; " + CAST + "high, $4, $3; "
+                         "mov.b32 $0, {low, high}; }")
+    bytes = tl.inline_asm_elementwise(ASM, "=r,f,f,f,f", [values], dtype=tl.int8, is_pure=True, pack=4)
+    return bytes.to(KIND, bitcast=True)
+
+
+@triton.jit
+def store_both(values, straight, transposed, rows, columns, R, C):
+    """A float32 tile into (R, C) `straight` and (C, R) `transposed`, 8 bits each; what lies beyond is left out."""
+    values = _eight_bits(values, straight.dtype.element_ty)
     at = rows.to(tl.int64)[:, None] * C + columns[None, :]
     tl.store(straight + at, values, mask=(rows < R)[:, None] & (columns < C)[None, :])
     at = columns.to(tl.int64)[:, None] * R + rows[None, :]
@@ -60,14 +75,9 @@ def _cast_kernel(x, scale, straight, transposed, R, C, ROWS: tl.constexpr, COLUM
 
 
 def quantised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As quantised_eager. x: contiguous bfloat16; a NaN or an infinity makes every product of it NaN.
-
-    Not float32: of that triton 3.6 made a transpose on the H200 whose every fourth row, from the second on, was not
-    written, where sides are multiples of 16.
-    """
-    if x.ndim != 2 or not x.is_contiguous() or x.dtype != torch.bfloat16:
-        raise ValueError(f"quantised needs a contiguous bfloat16 matrix, got {x.dtype} of shape {tuple(x.shape)} and "
-                         f"strides {x.stride()}")
+    """As quantised_eager. x: contiguous, float32 or bfloat16; a NaN or an infinity makes every product of it NaN."""
+    if x.ndim != 2 or not x.is_contiguous():
+        raise ValueError(f"quantised needs a contiguous matrix, got shape {tuple(x.shape)} and strides {x.stride()}")
     (n, m), scale = x.shape, _scale(x)
     q, transposed = (torch.empty(shape, dtype=E4M3, device=x.device) for shape in ((n, m), (m, n)))
     _cast_kernel[(triton.cdiv(m, _COLUMNS), triton.cdiv(n, _ROWS))](x, scale, q, transposed, n, m, ROWS=_ROWS,

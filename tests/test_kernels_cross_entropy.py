@@ -129,7 +129,7 @@ def test_x_of_any_strides(monkeypatch):
 
 @pytest.mark.parametrize("weights, ignored", [([0.0, 0.0], False), ([1.0, 0.5], True)])
 def test_nothing_to_learn_gives_zeros(weights, ignored):
-    x, weight, targets = problem(64, 320, 2, width=64)
+    x, weight, targets = problem(16, 48, 2)
     targets = torch.full_like(targets, -1) if ignored else targets
     for precision in ("bfloat16", "fp8"):
         found = run(fused, x, weight, targets, weights_of(*weights), dtype=torch.bfloat16, weight_dtype=torch.float32,
@@ -138,8 +138,8 @@ def test_nothing_to_learn_gives_zeros(weights, ignored):
 
 
 def test_a_target_outside_of_the_vocabulary_is_not_silent():
-    x, weight, targets = problem(64, 320, 2, width=64)
-    targets[5, 1] = 320
+    x, weight, targets = problem(16, 48, 2)
+    targets[5, 1] = 48
     for precision in ("bfloat16", "fp8"):
         loss, dx, _ = run(fused, x, weight, targets, weights_of(1.0, 0.5), dtype=torch.bfloat16,
                           weight_dtype=torch.float32, precision=precision)
@@ -181,7 +181,7 @@ def test_the_same_input_gives_the_same_bits():
 
 @pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
 def test_torch_compile_keeps_one_graph_and_the_result(precision):
-    x, weight, targets = problem(64, 320, 2, width=64)
+    x, weight, targets = problem(32, 96, 2)
     weights = weights_of(1.0, 0.5)
     options = dict(cap=CAP, precision=precision, engine="fused")
 
@@ -254,7 +254,6 @@ def test_slopes_in_8_bits_are_within_their_rounding_and_transposed(monkeypatch):
     (dict(x=lambda x: x.half(), weight=lambda w: w.half(), precision=lambda p: "fp8"), "float16"),
     (dict(x=lambda x: x[:15], targets=lambda t: t[:15], precision=lambda p: "fp8"), "multiples of 16"),
     (dict(weight=lambda w: w[:47], precision=lambda p: "fp8"), "multiples of 16"),
-    (dict(precision=lambda p: "fp8"), "at least 64"),
     (dict(engine=lambda e: "eager", precision=lambda p: "fp8"), "is for the kernels")], ids=lambda value: None)
 def test_mistakes_are_named(changes, says):
     x, weight, targets = problem(16, 48, 2)
@@ -347,7 +346,7 @@ def build(kernel, warps, **constants):
                          options=dict(num_warps=warps)).asm["ptx"]
     count = lambda pattern: len(re.findall(pattern, ptx))
     return dict(loads=count(r"ld[.]global[.]\\S*v4"), stores=count(r"st[.]global[.]\\S*v4"),
-                tanh=count("tanh[.]approx"), exp=count("ex2[.]approx"), spilled=".local" in ptx)
+                tanh=count("tanh[.]approx"), exp=count("ex2[.]approx"), halves=count("shr[.]u16"), spilled=".local" in ptx)
 
 common = dict(K=3, FAST=True)
 tile = dict(ROWS=file._TILE_ROWS, COLUMNS=file._TILE_COLUMNS)
@@ -370,6 +369,6 @@ def test_the_kernels_compile_for_hopper():
     assert not any(each["spilled"] for each in found.values())
     assert all(found[name]["loads"] > 0 for name in found)
     assert all(found[name]["stores"] > 0 for name in ("slopes", "both", "cast"))  # 16 bytes a thread
-    assert found["exact"]["tanh"] == 0
+    assert found["exact"]["tanh"] == 0 and found["cast"]["halves"] == found["both"]["halves"] == 0  # see kernels/fp8.py
     each = module._TILE_ROWS * module._TILE_COLUMNS // 256  # of a thread
     assert found["both"]["tanh"] == found["both"]["exp"] == each  # not once more for the transposed store
