@@ -110,7 +110,7 @@ def _with_adam(
 ) -> ChainedOptimizer:
     """`matrices`(params, lr=…, …) for the matrix group, or Adam at the same `lr` if None; Adam for the other groups.
 
-    adam_every      Adam updates in each so manieth step, by the gradients' sum (see optim.adam.Adam)
+    adam_every      steps from one update by Adam to the next, gradients adding up (see optim.adam.Adam)
     engine          what Muon works with, "auto", "fused" or "eager" (see optim.polar.Polar)
     matrix_options  of Muon, over the recipe's own: polar="turbo-3", beta2=0.9, cautious=True, …
     """
