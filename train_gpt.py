@@ -732,6 +732,7 @@ def warm_up(s: Settings, model: GPT, loader: TrainLoader, validation, device, wo
         train_step(model, optimizer, batches, passes, windows, weights, device)
         validate(model, validation[:1], windows, device, world_size)
     model.load_state_dict(before)
+    model.zero_grad()  # what Adam with --adam-every has left
     model.tied = s.tied > 0
 
 

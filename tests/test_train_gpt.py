@@ -217,6 +217,13 @@ def test_warm_up_trains_and_puts_every_weight_back_to_the_bit(data, monkeypatch)
     assert validate(model, validation, (16, 32), device, 1) == loss
 
 
+def test_warm_up_leaves_no_gradients_for_an_adam_that_had_not_had_its_turn(data):
+    s, model = model_of(data=str(data), adam_every=3)
+    loader, validation = train_gpt.open_data(s, 0, 1)
+    train_gpt.warm_up(s, model, loader, validation, torch.device("cpu"), 1)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_the_loss_at_step_0_is_that_of_a_freshly_seeded_model(finished, data):
     s, model = model_of(data=str(data))
     _, validation = train_gpt.open_data(s, 0, 1)
