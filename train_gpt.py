@@ -37,7 +37,7 @@ from optim import OPTIMIZERS, NonFiniteError, budgets, get_optimizer, route, rou
 from optim.parts import part
 from optim.probe import probe
 from records.log import Record, RecordError, end_on_signal
-from records.profile import profile_step
+from records.profile import model_flops, profile_step, report
 from records.settings import SettingsError, check, option, parse
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -123,7 +123,8 @@ class Settings:
     cooldown: float = option(0.5, "learning rates fall linearly over this last fraction of training", least=0, most=1)
     final_lr: float = option(0.05, "fraction of the learning rates that the cooldown ends at", least=0, most=1)
     # what else to keep
-    profile: bool = option(False, "after the last step, time the parts and kernels of a further one, into the record")
+    profile: bool = option(False, "after the last step, time the parts and kernels of further ones, of each stage of "
+                           "the run: table, FLOPs and profile.png in the record")
     probe: bool = option(False, "at each validation, off the clock: condition and error of momentum, update and weight "
                          "by operator type, into the record")
     wandb: str | None = option(None, "log to Weights & Biases in this group of runs; offline without a login")
@@ -263,6 +264,17 @@ def prediction_weights_at(step: int, s: Settings) -> list[float]:
     now = len(weights) * step / s.steps
     fallen = [min(1.0, max(0.0, now - (len(weights) - 1 - ahead))) for ahead in range(len(weights))]
     return weights[:1] + [weight * (1 - f) for weight, f in zip(weights[1:], fallen[1:])]
+
+
+def stages(s: Settings) -> list[tuple[list[int], str]]:
+    """Stretches of steps that do the same work, as long as they are: the steps, and which work."""
+
+    def work(step: int) -> str:
+        targets = sum(weight > 0 for weight in prediction_weights_at(step, s))
+        return (f"{batch_at(step, s)} tokens, windows {' and '.join(map(str, windows_at(step, s)))}, {targets} target"
+                + "s" * (targets > 1) + ", tied" * tied_at(step, s))
+
+    return [(list(steps), same) for same, steps in itertools.groupby(range(s.steps), work)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -695,6 +707,30 @@ def train_step(model: GPT, optimizer, batches, passes: int, windows: tuple[int, 
     optimizer.zero_grad(set_to_none=True)
 
 
+def step_flops(model: GPT, batches, windows: tuple[int, int]) -> int:
+    """Model FLOPs (records.profile) of a step of these batches. Gates are left out."""
+    groups = route(model)
+    parameters = sum(p.numel() for kind in ("matrix", "head") for _, p in groups[kind])
+    attention = [(model.tokens.embedding_dim, 1 + block.attention.paired, windows[i in model.wide])
+                 for i, block in enumerate(model.blocks) if block.attention is not None]
+    return sum(model_flops(parameters, batch.cu_seqlens, attention) for batch in batches)
+
+
+def profile_stages(s: Settings, model: GPT, optimizer, loader: TrainLoader, device, world_size: int):
+    """Yields what profile_step finds in each stage. Runs after the training: the weights it changes nobody needs."""
+    at_once = s.sequences_at_once("batch_tokens", world_size)
+    for steps, work in stages(s):
+        model.tied, windows = tied_at(steps[0], s), windows_at(steps[0], s)
+        first, sequences = (tokens_at(steps[0], s) // s.sequence_length for tokens_at in (tokens_before, batch_at))
+        passes = sequences // world_size // at_once
+        batches = [loader.batch(first, sequences, part, passes) for part in range(passes)]
+        again = itertools.cycle([batch.pin() for batch in batches] if device.type == "cuda" else batches)
+        weights = torch.tensor(prediction_weights_at(steps[0], s), device=device)
+        yield dict(first_step=steps[0], steps=len(steps), work=work) | profile_step(
+            lambda: train_step(model, optimizer, again, passes, windows, weights, device),
+            step_flops(model, batches, windows), count=s.adam_every, device=device)
+
+
 def validate(model: GPT, batches, windows: tuple[int, int], device: torch.device, world_size: int) -> float:
     """Mean loss over the validation tokens of all ranks."""
     total, weights = torch.zeros((), dtype=torch.float64, device=device), torch.eye(model.predicted, device=device)[0]
@@ -800,13 +836,11 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
         extra["probe"] = probes
     if s.source == "local" and rank == 0:
         extra["bigram loss"] = bigram_loss(s)
-    if s.profile:
-        again = (loader.batch(0, passes[-1] * at_once * world_size, part, passes[-1])
-                 for part in itertools.cycle(range(passes[-1])))
-        table, extra["profile"] = profile_step(lambda: train_step(model, optimizer, again, passes[-1], windows,
-                                                                  weights[-1], device))
-        record.line(table)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    if s.profile:
+        table, extra["profile"] = report(profile_stages(s, model, optimizer, loader, device, world_size),
+                                         torch.cuda.get_device_name(device) if device.type == "cuda" else None)
+        record.line(table)
     record.finish(peak_memory_bytes=peak, extra=extra)
 
 

@@ -171,6 +171,7 @@ def _check_run(folder, prefix, found, where, entry, sources, notes):
         record = safe.read(folder, f"{place}/record.json", LARGEST)
         log = safe.read_log(folder, f"{place}/log.txt", LARGEST)
         own = safe.read(folder, f"{place}/source.txt", LARGEST)
+        safe.read_picture(folder, f"{place}/profile.png", LARGEST)
     except safe.Unsafe as error:
         found.append(f"{prefix}{error}")
         return None

@@ -3,7 +3,7 @@
     record.json   what the run was and what it reached; replaced as a whole at every validation
     log.txt       a block of `key: JSON` lines that describe the run, a line of =, then every line as printed
     source.txt    the code that ran, byte for byte (see records.source)
-    loss.png      the loss curve, drawn at the end
+    loss.png      the loss curve, drawn at the end; profile.png where steps were profiled
 
 The status on disk is "interrupted" until finish() or fail() replaces it, so that a killed run leaves a true record.
 record.json then also has the SHA-256 of log.txt; `python -m records verify` holds the three files against each other.
@@ -166,7 +166,7 @@ class Record:
 
     def finish(self, *, peak_memory_bytes=None, extra={}):
         """End the record: status "complete" (or "failed" after a validation loss that is not finite), the summary
-        printed, loss.png drawn.
+        printed, loss.png and, of a profile in `extra`, profile.png drawn.
 
         peak_memory_bytes: int or None.  extra: dict of further results, shown in the summary.
         Returns the summary (str), empty when not enabled.
@@ -233,8 +233,9 @@ class Record:
 
     def _draw(self):
         try:
-            from records.plot import loss_curve
+            from records.plot import loss_curve, step_bars
             loss_curve(self.folder)
+            step_bars(self.folder)
         except ImportError as error:
             self.line(f"loss.png was not drawn ({error}); once matplotlib is installed: "
                       f"python -m records.plot {self._place()}")

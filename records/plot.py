@@ -1,6 +1,6 @@
 """Curves as PNG and SVG.
 
-    python -m records plot records/wiki-3.324/2026-11-22_210342_turbo-muon-seed2     a run: its loss.png
+    python -m records plot records/wiki-3.324/2026-11-22_210342_turbo-muon-seed2     a run: its loss.png, profile.png
     python -m records plot records/wiki-3.324/2026-11-23_101500_muon-vs-turbo-muon    an experiment: loss.png, loss.svg
     python -m records plot --out muons muon='records/wiki-3.324/*_muon-seed?' turbo='records/wiki-3.324/*_turbo-muon-*'
 
@@ -45,6 +45,38 @@ def loss_curve(folder):
     time_axes.set(xlabel="train time, seconds", ylabel=WORDS[metric])
     token_axes.set(xlabel=f"training tokens{unit}")
     return _save(figure, folder / "loss.png")
+
+
+def step_bars(folder):
+    """Draw where the time of a step goes in each stage of a run that was profiled (records.profile): a bar a stage.
+
+    folder: a record's folder (str or Path).  Returns the Path of the profile.png written there, None where record.json
+    holds no profile of stages.  Raises as loss_curve does.
+    """
+    folder = Path(folder)
+    record = read_json(folder / "record.json", "expected a record's folder, records/<track>/<time>_<name>")
+    stages = record.get("extra", {}).get("profile", {}).get("stages")
+    if not stages:
+        return None
+    figure = _figure(10, f"{record['track']}: {record['name']}: one step of each stage")
+    axes, places, low = figure.subplots(), range(len(stages)), [0.0] * len(stages)
+    for number, group in enumerate(stages[0]["groups_ms"]):
+        values = [stage["groups_ms"][group] for stage in stages]
+        axes.bar(places, values, bottom=low, width=0.75, label=group, zorder=3,
+                 color="#d9d9d9" if group == "idle" else COLOURS[number % len(COLOURS)])
+        low = [below + value for below, value in zip(low, values)]
+    for place, top, stage in zip(places, low, stages):
+        text = f"{stage['tflops']:.3g}\nTFLOP/s" if stage["mfu"] is None else f"{stage['mfu']:.1%}\nMFU"
+        axes.annotate(text, (place, top), xytext=(0, 3), textcoords="offset points", ha="center", color=GREY,
+                      fontsize=8)
+    axes.set_xticks(places, [f"{stage['first_step']}–{stage['first_step'] + stage['steps'] - 1}" for stage in stages],
+                    fontsize=8)
+    axes.set(xlabel="steps of the stage", ylabel="time of a step, ms")
+    axes.margins(y=0.15)
+    _tidy(axes)
+    axes.grid(visible=False, axis="x")
+    figure.legend(*(part[::-1] for part in axes.get_legend_handles_labels()), loc="outside right center", frameon=False)
+    return _save(figure, folder / "profile.png")
 
 
 def arms_curves(arms, base, title):
@@ -205,7 +237,7 @@ def _draw(options):
             title = options.title or f"{experiment.ledger['track']}: {', '.join(experiment.arms)}"
             yield from arms_curves(experiment.arms, options.out or folder / "loss", title)
         else:
-            yield loss_curve(folder)
+            yield from filter(None, (loss_curve(folder), step_bars(folder)))
 
 
 if __name__ == "__main__":

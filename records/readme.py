@@ -25,6 +25,9 @@ def readme(folder, ledger):
     if len(arms) > 1:
         lines += ["", *_comparison(folder)]
     lines += ["", "## Runs", "", *_declared(ledger), "", *_run_table(ledger, arms)]
+    pictures = [f"{entry['folder']}/profile.png" for entry in ledger["runs"][:LISTED] if entry["folder"]]
+    if shown := [f"[{name}]({name})" for name in pictures if (folder / name).is_file()]:
+        lines += ["", f"Where the time of a step went in each stage: {', '.join(shown)}."]
     lines += ["", "## Hardware", "", *_hardware(arms), "", "## Again", "", "```sh"]
     for label, runs in arms.items():
         if runs:

@@ -41,6 +41,17 @@ def read(folder, name, largest):
     return content
 
 
+def read_picture(folder, name, largest):
+    """The bytes of a PNG, or None where there is no such file.  Arguments as in `read`.
+
+    Raises Unsafe as `read` does, and where the file does not begin and end as a PNG does.
+    """
+    content = read(folder, name, largest)
+    if content is not None and not (content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")):
+        raise Unsafe(f"{name}: no PNG")
+    return content
+
+
 def read_log(folder, name, largest):
     """log.txt, or what log.txt.gz unpacks to.  name: of the log without .gz, as in `read`.
 

@@ -191,6 +191,9 @@ def _copy_runs(runs, ledger, folder):
             (folder / "sources").mkdir(exist_ok=True)
         write_whole(place / "record.json", (run.folder / "record.json").read_bytes())
         write_whole(place / "log.txt", safe.read_log(run.folder, "log.txt", LARGEST))
+        picture = safe.read_picture(run.folder, "profile.png", LARGEST)
+        if picture is not None:
+            write_whole(place / "profile.png", picture)
         packed = source_of(run.folder, run.record)
         if packed is not None:
             write_whole(folder / "sources" / f"{sha256(packed)[:16]}.txt", packed)
@@ -201,7 +204,7 @@ def _copy_experiment(experiment, folder):
     names = ["report.md", "report.json", "loss.png", "loss.svg"]
     names += [f"{kind}/{name}" for kind in ("sources", "patches") for name in safe.folders(experiment / kind)]
     names += [f"runs/{run}/{name}" for run in safe.folders(experiment / "runs")
-              for name in ("record.json", "log.txt", "log.txt.gz", "source.txt", "output.txt")]
+              for name in ("record.json", "log.txt", "log.txt.gz", "source.txt", "output.txt", "profile.png")]
     for name in names:
         content = safe.read(experiment, name, LARGEST)
         if content is not None:

@@ -20,7 +20,8 @@ from records.files import RecordError
 from records.replay import read_record, source_of
 from records.tracks import get_track
 
-KNOWN = {"record.json", "log.txt", "log.txt.gz", "source.txt", "loss.png", "loss.svg", "README.md"}
+KNOWN = {"record.json", "log.txt", "log.txt.gz", "source.txt", "loss.png", "loss.svg", "profile.png",
+         "README.md"}
 
 
 @dataclass
@@ -64,6 +65,7 @@ def _check_run(folder, prefix, problems, notes):
         record = safe.read(folder, "record.json", LARGEST)
         log = safe.read_log(folder, "log.txt", LARGEST)
         source = safe.read(folder, "source.txt", LARGEST)
+        safe.read_picture(folder, "profile.png", LARGEST)
         if source is None and folder.absolute().parent.name == "runs":      # a run of an experiment, on its own
             source = source_of(folder, read_record(folder))
     except (safe.Unsafe, RecordError) as error:

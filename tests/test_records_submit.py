@@ -15,7 +15,7 @@ from records.files import RecordError
 from records.source import pack_source, sha256, unpack_source
 from records.submit import submit as submit_runs
 from test_records_verify import mutated
-from true_records import SCRIPT, repository, write_run
+from true_records import PICTURE, SCRIPT, repository, write_run
 
 GOOD = [3.3215, 3.3195, 3.3205, 3.3196]     # that their mean is at most 3.324 has p = 0.002, of the first two 0.09
 OTHER = [3.41, 3.40, 3.42]
@@ -133,6 +133,27 @@ def test_a_tampered_run_is_refused(made, tmp_path):
     (folder / "log.txt").write_text(log.replace("val_loss:3.321500", "val_loss:3.311500"))
     with pytest.raises(RecordError, match=r"does not verify: (log\.txt|record\.json), line \d+"):
         submit_runs([str(folder)], name="x", what="y", root=tmp_path / "out")
+
+
+def test_pictures_of_profiles_go_along_and_other_files_under_their_name_do_not(made, tmp_path):
+    run = shutil.copytree(next((made / "records/wiki-3.324").glob("*_good0")), tmp_path / "run")
+    (run / "profile.png").write_bytes(PICTURE)
+    first = submit_runs([str(run)], name="x", what="y", root=tmp_path / "out")
+    again = submit_runs([str(first)], name="z", what="y", root=tmp_path / "again")      # an experiment, copied
+    for folder in (first, again):
+        assert (folder / "runs" / "x-0" / "profile.png").read_bytes() == PICTURE and verify.verify(folder) == []
+        assert "[runs/x-0/profile.png](runs/x-0/profile.png)" in (folder / "README.md").read_text()
+    (tmp_path / "secret").write_bytes(PICTURE)
+    for folder, at in ((run, run), (first, first / "runs" / "x-0")):
+        (at / "profile.png").unlink()
+        (at / "profile.png").symlink_to(tmp_path / "secret")
+        with pytest.raises(RecordError, match="profile.png: a link"):
+            submit_runs([str(folder)], name="w", what="y", root=tmp_path / "new")
+        (at / "profile.png").unlink()
+        (at / "profile.png").write_bytes(b"no picture")
+        with pytest.raises(RecordError, match="profile.png: no PNG"):
+            submit_runs([str(folder)], name="w", what="y", root=tmp_path / "new")
+    assert not list((tmp_path / "new").rglob("*.png"))
 
 
 def test_large_logs_are_compressed(made, tmp_path, monkeypatch):

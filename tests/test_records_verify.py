@@ -20,7 +20,7 @@ from records.files import RecordError
 from records.log import parse_log
 from records.source import pack_source, sha256, unpack_source
 from records.verify import inspect
-from true_records import SCRIPT, repository, write_run
+from true_records import PICTURE, SCRIPT, repository, write_run
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("record.json", "log.txt", "source.txt")
@@ -388,6 +388,27 @@ def test_links_and_pipes_are_not_read(folder, name, tmp_path):
     (folder / name).unlink()
     os.mkfifo(folder / name)
     assert any("not a plain file" in problem and name in problem for problem in verify.verify(folder))
+
+
+def test_the_picture_of_a_profile_is_a_plain_png(folder, tmp_path, monkeypatch):
+    picture = folder / "profile.png"
+    picture.write_bytes(PICTURE)
+    [report] = inspect(folder)
+    assert report.problems == [] and not any("profile.png" in note for note in report.notes)
+    for content in (b"", b"<svg onload=alert(1)>", PICTURE[1:], PICTURE + b"#!/bin/sh"):
+        picture.write_bytes(content)
+        assert verify.verify(folder) == ["profile.png: no PNG"]
+    picture.write_bytes(PICTURE)
+    picture.rename(tmp_path / "elsewhere.png")
+    picture.symlink_to(tmp_path / "elsewhere.png")
+    assert verify.verify(folder) == ["profile.png: a link, which no record has"]
+    picture.unlink()
+    os.mkfifo(picture)
+    assert verify.verify(folder) == ["profile.png: not a plain file"]
+    picture.unlink()
+    picture.write_bytes(PICTURE[:20] + bytes(10**6) + PICTURE[20:])
+    monkeypatch.setattr(verify, "LARGEST", 10**6)
+    assert "profile.png, line 1: more than the 1000000 bytes" in verify.verify(folder)[0]
 
 
 def test_compressed_logs(folder, monkeypatch):

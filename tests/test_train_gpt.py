@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from data.shards import sha256, write_shard
 from optim import route
 from records.log import Record, parse_log, unpack_source
 from records.settings import SettingsError
+from records.verify import inspect
 from train_gpt import (GPT, PRESETS, Rotary, Settings, attention, blockwise_attention, lr_scale, momentum_at,
                        prediction_weights_at, windows_at)
 
@@ -134,13 +136,36 @@ def test_validation_comes_at_the_start_every_val_every_steps_and_at_the_end(data
     assert seconds[0] == 0 and seconds == sorted(seconds)
 
 
-def test_a_profile_goes_into_the_record_and_changes_no_loss(finished, data, tmp_path):
-    record = train(data, tmp_path, profile=True)
-    parts = record["extra"]["profile"]["parts_ms"]
-    assert parts.keys() == {"forward and backward", "muon: gradients", "muon: momentum", "muon: orthogonalise",
-                            "muon: apply", "adam"}
-    assert all(ms > 0 for ms in parts.values()) and sum(parts.values()) <= record["extra"]["profile"]["step_ms"]
-    assert losses(record) == losses(finished) and "muon: orthogonalise" in (record["folder"] / "log.txt").read_text()
+def test_a_profile_goes_into_the_record_which_verifies_and_changes_no_loss(data, tmp_path, monkeypatch):
+    changes = dict(steps=2, name="profiled", tied=0.5, adam_every=2, prediction_weights="1,0.5", batch_schedule="1,2",
+                   paired_blocks="0")
+    monkeypatch.setattr("sys.argv", ["train_gpt.py", *arguments(data, tmp_path, profile=True, **changes)])
+    seen, train_step = [], train_gpt.train_step
+
+    def watched(model, optimizer, batches, passes, windows, weights, device):
+        batches = list(itertools.islice(batches, passes))
+        seen.append((model.tied, windows, weights.tolist(), [batch.tokens.tolist() for batch in batches]))
+        train_step(model, optimizer, iter(batches), passes, windows, weights, device)
+
+    monkeypatch.setattr(train_gpt, "train_step", watched)
+    record = train(data, tmp_path, profile=True, draw=True, **changes)
+    assert seen[4:] == seen[2:3] * 6 + seen[3:4] * 6 and seen[2][0] and not seen[3][0]  # 2 of warm-up, 2 of training
+    profile, s = record["extra"]["profile"], Settings(**PRESETS["local"] | TINY | changes)
+    assert [(one["first_step"], one["steps"], one["work"]) for one in profile["stages"]] == [
+        (steps[0], len(steps), work) for steps, work in train_gpt.stages(s)] and len(profile["stages"]) == 2
+    for one in (*profile["stages"], profile["mean"]):
+        assert one["parts_ms"].keys() == {"forward and backward", "muon: gradients", "muon: momentum",
+                                          "muon: orthogonalise", "muon: apply", "adam"}
+        assert all(ms > 0 for ms in one["parts_ms"].values()) and sum(one["parts_ms"].values()) <= one["step_ms"]
+        assert all(one["groups_ms"][group] > 0 for group in ("products", "attention", "others", "optimizer"))
+        assert one["tflops"] > 0 and one["mfu"] is None
+    assert losses(record) == losses(train(data, tmp_path / "plain", **changes))
+    log = (record["folder"] / "log.txt").read_text()
+    assert "muon: orthogonalise" in log and profile["costs"] in log
+    assert "512 tokens, windows 16 and 32, 2 targets, tied" in log and "1024 tokens, windows 32 and 64, 1 target" in log
+    assert (record["folder"] / "profile.png").read_bytes().startswith(b"\x89PNG")
+    [report] = inspect(record["folder"])
+    assert report.problems == [] and report.notes == []
 
 
 def test_probes_and_amo_go_into_the_record(finished, data, tmp_path):
@@ -370,6 +395,21 @@ def test_the_weights_of_later_tokens_fall_to_zero_one_after_the_other():
     assert {weight for step in range(5) for weight in prediction_weights_at(step, Settings(steps=5))} == {1}
 
 
+def test_stages_are_stretches_of_steps_of_the_same_work():
+    s = Settings(steps=64, batch_tokens=131072, batch_schedule="1,2", tied=0.75, prediction_weights="1,0.5")
+    found = train_gpt.stages(s)
+    assert [(steps[0], work) for steps, work in found] == [
+        (0, "65536 tokens, windows 112 and 224, 2 targets, tied"),
+        (8, "65536 tokens, windows 224 and 448, 2 targets, tied"),
+        (16, "65536 tokens, windows 336 and 672, 2 targets, tied"),
+        (24, "65536 tokens, windows 448 and 896, 2 targets, tied"),
+        (32, "131072 tokens, windows 560 and 1120, 1 target, tied"),
+        (40, "131072 tokens, windows 672 and 1344, 1 target, tied"),
+        (48, "131072 tokens, windows 784 and 1568, 1 target"), (56, "131072 tokens, windows 896 and 1792, 1 target")]
+    assert [step for steps, _ in found for step in steps] == list(range(64))
+    assert [steps for steps, _ in train_gpt.stages(Settings(steps=5, window=2))] == [[0, 1, 2, 3, 4]]
+
+
 def test_predicting_three_tokens_trains_on_them_and_validates_on_one(finished, data, tmp_path):
     record = train(data, tmp_path, prediction_weights="1,0.5,0.25")
     assert losses(record)[0] == pytest.approx(losses(finished)[0], rel=1e-6)
@@ -488,6 +528,25 @@ def test_every_parameter_of_the_record_model_is_routed_to_one_group_and_counted(
     assert {name for name, _ in groups["embedding"]} == {"tokens.weight", *(f"values.{i}.weight" for i in range(3))}
     assert {name for name, _ in groups["head"]} == {"head.weight"}
     assert all(p.ndim == 2 and name.startswith("blocks.") for name, p in groups["matrix"])
+
+
+@pytest.mark.parametrize("changes", [{}, dict(tied=0.5), dict(paired_blocks="0,2", layers=4, mlp_blocks="1")])
+def test_a_step_s_flops_are_torch_s_count_of_products_and_the_pairs_that_may_see_each_other(changes):
+    from torch.utils.flop_counter import FlopCounterMode
+    _, model = model_of(**changes)
+    bounds, windows = [0, 50, 114, 128, 200, 256], (16, 40)
+    tokens, cu_seqlens = torch.randint(0, VOCABULARY, (2, 128)), torch.tensor(bounds, dtype=torch.int32)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens, cu_seqlens, windows, torch.ones(1)).backward()
+    counted = sum(flops for name, flops in counter.get_flop_counts()["Global"].items() if str(name) == "aten.mm")
+    for i, block in enumerate(model.blocks):
+        if block.attention is not None:
+            window, streams = windows[i in model.wide], 2 if block.attention.paired else 1
+            pairs = visible([streams * bound for bound in bounds], window).sum().item()
+            counted += 12 * 32 // streams * pairs  # width 32: each pair 2 products of 2 FLOPs, thrice
+    batch = SimpleNamespace(cu_seqlens=cu_seqlens)
+    assert train_gpt.step_flops(model, [batch], windows) == counted
+    assert train_gpt.step_flops(model, [batch, batch], windows) == 2 * counted
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -9,6 +9,7 @@ from records.log import Record
 from records.settings import option, parse  # noqa: F401  (what SCRIPT imports)
 from records.tracks import TRACKS
 
+PICTURE = b"\x89PNG\r\n\x1a\n" + b"pixels" + b"\0\0\0\0IEND\xaeB`\x82"   # what begins and ends as a PNG does
 SCRIPT = '''"""A script whose settings are read as those of train_gpt.py are."""
 from dataclasses import asdict, dataclass
 from records.settings import option, parse
