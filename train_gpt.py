@@ -151,8 +151,8 @@ class Settings:
                                 "matrices to Muon, not adamw")
         cap, weights = self.numbers("logit_cap"), self.numbers("prediction_weights")
         if len(cap) != 3 or not 0 < cap[0] <= MOST_SCALE or not cap[2] > 0:
-            raise SettingsError(f"--logit-cap {self.logit_cap} must be three numbers A,B,C with 0 < A <= {MOST_SCALE:g} "
-                                "(or exp underflows) and C > 0")
+            raise SettingsError(f"--logit-cap {self.logit_cap} must be three numbers A,B,C with 0 < A <= "
+                                f"{MOST_SCALE:g} (or exp underflows) and C > 0")
         if min(weights) < 0 or weights[0] == 0 or len(weights) > self.sequence_length:
             raise SettingsError(f"--prediction-weights {self.prediction_weights} must not be negative, the first more "
                                 f"than 0, and at most --sequence-length {self.sequence_length} in number")
@@ -626,7 +626,8 @@ def process_group(device: torch.device):
 def pick_device(s: Settings) -> torch.device:
     device = _pick_device(s)
     if s.head_precision == "fp8" and (device.type == "cpu" or why_not(device)):
-        raise SettingsError(f"--head-precision fp8: {why_not(device) or 'it needs a GPU'}; use --head-precision bfloat16")
+        raise SettingsError(f"--head-precision fp8: {why_not(device) or 'it needs a GPU'}; use --head-precision "
+                            "bfloat16")
     return device
 
 

@@ -46,8 +46,8 @@ def chained(wanted: bool) -> dict:
 
 @contextmanager
 def compiling():
-    """What `launch` meets in here is compiled, all of it at a time, and not launched. Many kinds of a kernel take half a
-    second each; the compiler works outside of Python's lock."""
+    """What `launch` meets in here is compiled, all of it at a time, and not launched. Kinds of a kernel take half a second
+    each; the compiler works outside of Python's lock."""
     import triton
 
     token = _only_compile.set(True)

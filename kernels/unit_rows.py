@@ -136,5 +136,5 @@ def unit_rows(x: Tensor, unit: Tensor, norms: Tensor, chain: bool = False) -> No
     largest, squares = torch.empty(2, batch, parts, N, dtype=torch.float32, device=x.device)
     launch(_column_statistics_kernel, (batch, N // block, parts), x, largest, squares, n, m, *x.stride(), N, part,
            BLOCK=block, num_warps=4, **chained(chain))
-    launch(_transpose_kernel, (batch, N // block, -(-M // block)), x, unit, norms, largest, squares, n, m, *x.stride(), N,
-           M, parts, MOST_PARTS=16, BLOCK=block, num_warps=4, **chained(chain))
+    launch(_transpose_kernel, (batch, N // block, -(-M // block)), x, unit, norms, largest, squares, n, m, *x.stride(),
+           N, M, parts, MOST_PARTS=16, BLOCK=block, num_warps=4, **chained(chain))

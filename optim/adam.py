@@ -21,9 +21,9 @@ class Adam(ShardedOptimizer):
 
     Gradients are averaged over `process_group` (None: the default group if torch.distributed runs, else this process
     alone). `p.grad` is read, never written; parameters without gradient are skipped (on every rank alike). A NaN or
-    infinite gradient raises NonFiniteError within a step or so. state_dict() holds this rank's slices. With every=n each
-    n-th step updates, by the sum of the gradients since the last one. lr may be a 0-D tensor on the parameters' device,
-    which can move under a CUDA graph (see `step`).
+    infinite gradient raises NonFiniteError within a step or so. state_dict() holds this rank's slices. With every=n
+    each n-th step updates, by the sum of the gradients since the last one. lr may be a 0-D tensor on the parameters'
+    device, which can move under a CUDA graph (see `step`).
 
     float16 parameters get float32 moments and a float32 update, then rounded: squares of gradients leave its range, and
     where one becomes 0 the update is divided by ε alone.

@@ -12,7 +12,7 @@ from .finite import FiniteCheck
 class ShardedOptimizer(Optimizer):
     """A torch optimizer whose subclass writes `_update`, one step over all its groups, and reads `ranks`, `steps`.
 
-    every: only each such step updates (2: every second one); between them gradients add up, and zero_grad() leaves them.
+    every: steps from one update to the next; between them gradients add up, and zero_grad() leaves them.
     """
 
     def __init__(self, params, defaults: dict, process_group=None, every: int = 1):

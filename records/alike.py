@@ -89,7 +89,8 @@ def _hashes(arms, key, words, what):
         notes.append(f"{words}: {_join(changed)}")
     if partial:
         by = {name: _join(dict.fromkeys(holders[name])) for name in partial}
-        notes.append(f"{what} that not all runs loaded: " + _join([f"{name} ({labels})" for name, labels in by.items()]))
+        notes.append(f"{what} that not all runs loaded: "
+                     + _join([f"{name} ({labels})" for name, labels in by.items()]))
     if within:
         notes.append(f"runs of {_join(within)} differ in their {what}, so they are not of one "
                      f"{'recipe' if what == 'code' else 'data set'}")

@@ -346,7 +346,8 @@ def build(kernel, warps, **constants):
                          options=dict(num_warps=warps)).asm["ptx"]
     count = lambda pattern: len(re.findall(pattern, ptx))
     return dict(loads=count(r"ld[.]global[.]\\S*v4"), stores=count(r"st[.]global[.]\\S*v4"),
-                tanh=count("tanh[.]approx"), exp=count("ex2[.]approx"), fours=count("low, high"), spilled=".local" in ptx)
+                tanh=count("tanh[.]approx"), exp=count("ex2[.]approx"), fours=count("low, high"),
+                spilled=".local" in ptx)
 
 common = dict(K=3, FAST=True)
 tile = dict(ROWS=file._TILE_ROWS, COLUMNS=file._TILE_COLUMNS)

@@ -67,7 +67,8 @@ def test_a_record_of_runs_that_were_made_one_by_one(made, submitted):
         f"{entry['folder']}/{name}" for entry in ledger["runs"] for name in ("log.txt", "record.json")])
     text = (submitted / "README.md").read_text()
     assert text.splitlines()[2].startswith("**An experiment, not a claim.**")
-    assert "A learning rate of 0.06 \\| not 0.05" in text and "Against the code of a, b differs in `train\\_gpt.py`." in text
+    assert "A learning rate of 0.06 \\| not 0.05" in text
+    assert "Against the code of a, b differs in `train\\_gpt.py`." in text
     value = f"{statistics.mean(GOOD):.5f} ± {statistics.stdev(GOOD):.5f}"
     assert f"| a | 4 | {value} | 25.00 ± 0.00 | 250.00 ± 0.00 | 100 |" in text
     assert "gathered afterwards: nothing shows how many were planned" in text
