@@ -24,16 +24,16 @@ from .norm_act import Cut
 COPY_TB_PER_S = 4.2
 KERNELS = ("pool", "activate", "slope_sums", "slopes")
 # Tried together, a column at a time: what suits one kernel says nothing about the others.
-SUMMING = (Cut(programs=924, stages=2), Cut(programs=924), Cut(programs=924, stages=3), Cut(programs=528, stages=3),
-           Cut(2048, 4, 528), Cut(2048, 4, 660, 2), Cut(2048, 8, 462, 2), Cut(2048, 8, 396, 3), Cut(4096, 8, 264, 2),
-           Cut(programs=924, stages=2, channels=256), Cut(512, 2, 1024, 3))
-PASSING = (Cut(), Cut(programs=1 << 20), Cut(stages=2), Cut(programs=1056, stages=2), Cut(2048, 4), Cut(2048, 8),
-           Cut(2048, 4, 1 << 20), Cut(programs=1320, stages=3), Cut(2048, 8, 1980, 2), Cut(channels=256), Cut(512, 2, 7920))
-WHITEN = tuple(dict(BLOCK=128, PARTS=parts) for parts in (8, 4, 2, 1)) + (dict(BLOCK=256, PARTS=2, num_warps=8),
-                                                                       dict(BLOCK=128, PARTS=4, maxnreg=72))
-WHITEN_BIAS = (dict(BLOCK=128, PARTS=2, maxnreg=128), dict(BLOCK=128, PARTS=2), dict(BLOCK=128, PARTS=1, maxnreg=128),
-               dict(BLOCK=128, PARTS=4, maxnreg=128), dict(BLOCK=64, PARTS=2), dict(BLOCK=256, PARTS=2, num_warps=8,
-                                                                                  maxnreg=128))
+SUMMING = (Cut(programs=924, stages=3), Cut(programs=924), Cut(programs=924, stages=4), Cut(programs=528, stages=4),
+           Cut(2048, 4, 528), Cut(2048, 4, 660, 3), Cut(2048, 8, 462, 3), Cut(2048, 8, 396, 4), Cut(4096, 8, 264, 3),
+           Cut(programs=924, channels=256), Cut(512, 2, 1024, 3))
+PASSING = (Cut(), Cut(programs=1 << 20), Cut(stages=3), Cut(programs=1320, stages=3), Cut(2048, 4), Cut(2048, 8),
+           Cut(2048, 4, 1 << 20), Cut(programs=1056, stages=4), Cut(2048, 8, 660, 3), Cut(channels=256),
+           Cut(512, 2, 7920))
+WHITEN = (*(dict(BLOCK=128, PARTS=parts) for parts in (8, 4, 2, 1)), dict(BLOCK=256, PARTS=2, num_warps=8),
+          dict(BLOCK=128, PARTS=4, maxnreg=72))
+WHITEN_BIAS = (*(dict(BLOCK=128, PARTS=parts, maxnreg=128) for parts in (1, 2, 4)), dict(BLOCK=128, PARTS=2),
+               dict(BLOCK=64, PARTS=2), dict(BLOCK=256, PARTS=2, num_warps=8, maxnreg=128))
 
 
 @dataclass
@@ -84,21 +84,24 @@ def layers(batch: int, widths: list[int]) -> list[Layer]:
     return made
 
 
-def kernel_us(work, samples: int) -> list[list[tuple[str, float]]]:
-    """(name, microseconds) of the kernels that each of `samples` calls of `work` launches, in order."""
+def kernel_us(work, kernels: tuple[str, ...], samples: int) -> dict[str, list[float]]:
+    """Kernel -> microseconds of each of its launches in a call of `work`, in order; the median of `samples` calls."""
     work()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         for _ in range(samples):
             work()
         torch.cuda.synchronize()
-    events = sorted((event for event in profiler.events() if event.device_type == DeviceType.CUDA
-                     and not getattr(event, "is_user_annotation", False)), key=lambda event: event.time_range.start)
-    found = [(event.name, event.time_range.end - event.time_range.start) for event in events]
-    if len(found) % samples:
-        raise RuntimeError(f"{len(found)} kernels in {samples} calls: the profiler has lost some; take fewer --samples")
-    count = len(found) // samples
-    return [found[i * count : (i + 1) * count] for i in range(samples)]
+    events = sorted((event for event in profiler.events() if event.device_type == DeviceType.CUDA),
+                    key=lambda event: event.time_range.start)
+    found = {}
+    for kernel in kernels:
+        times = [event.time_range.elapsed_us() for event in events if event.name == f"_{kernel}_kernel"]
+        count, rest = divmod(len(times), samples)
+        if rest or not count:
+            raise RuntimeError(f"the profiler saw {len(times)} launches of {kernel} in {samples} calls; change --samples")
+        found[kernel] = [statistics.median(times[i::count]) for i in range(count)]
+    return found
 
 
 def measure(network: list[Layer], act: str, samples: int) -> dict[str, list[float]]:
@@ -109,14 +112,8 @@ def measure(network: list[Layer], act: str, samples: int) -> dict[str, list[floa
         for layer, y in reversed(list(zip(network, results))):
             layer.backward(y)
 
-    runs = kernel_us(work, samples)
-    found = {}
-    for kernel in KERNELS:
-        times = [[us for name, us in run if name == f"_{kernel}_kernel"] for run in runs]
-        found[kernel] = [statistics.median(each) for each in zip(*times)]
-        if kernel in ("slope_sums", "slopes"):
-            found[kernel].reverse()
-    return found
+    found = kernel_us(work, KERNELS, samples)
+    return found | {kernel: found[kernel][::-1] for kernel in ("slope_sums", "slopes")}
 
 
 def measure_whitening(batch: int, act: str, samples: int) -> dict[str, float]:
@@ -130,9 +127,7 @@ def measure_whitening(batch: int, act: str, samples: int) -> dict[str, float]:
     def work():
         torch.autograd.grad(augment.whiten(images, table, 0, weight, bias, act), bias, slope)
 
-    runs = kernel_us(work, samples)
-    return {kernel: statistics.median(us for run in runs for name, us in run if name == f"_{kernel}_kernel")
-            for kernel in ("whiten", "whiten_bias")}
+    return {kernel: us for kernel, (us,) in kernel_us(work, ("whiten", "whiten_bias"), samples).items()}
 
 
 def row(label: str, us: float, size: int) -> str:

@@ -11,8 +11,8 @@ CIFAR network that is about 2 GB more at a batch of 2000, by count. Evaluation i
 
 Sums are finished by whichever programs come last, without a launch of their own, in an order that depends on shapes and
 CUTS alone: the same input gives the same bits. They are of differences from a pivot, the first row, so that large means
-cost no precision. The first of two passes over the same tensors goes from their end to their beginning, where the second
-starts: what the first has read last is still in the L2 cache.
+cost no precision. The first of two passes over the same tensors goes from their end to their beginning, where the
+second starts: what the first has read last is still in the L2 cache.
 
 Eager twin: norm_act_eager. Times and bytes of each kernel: python -m kernels.bench_norm_act
 """
@@ -37,13 +37,13 @@ class Cut:
     elements: int = 1024  # of a tile
     warps: int = 4
     programs: int = 3960  # at most, over all channels
-    stages: int = 1  # tiles whose loads are under way at a time
+    stages: int = 1  # n > 2: the loads of n − 2 further tiles are under way; 2 only goes through shared memory
     channels: int = 64  # of a tile, at most
 
 
 GROUP = 32  # programs whose sums one of them adds up; as many groups at most
 # By count of registers 7 programs of the two that sum fit on a multiprocessor: 924 are all that an H200 runs at a time.
-CUTS = {"pool": Cut(programs=924, stages=2), "activate": Cut(), "slope_sums": Cut(programs=924, stages=2),
+CUTS = {"pool": Cut(programs=924, stages=3), "activate": Cut(), "slope_sums": Cut(programs=924, stages=3),
         "slopes": Cut()}
 
 
@@ -157,7 +157,8 @@ def _pool_kernel(x, pooled, which, sums, counters, running_mean, running_var, me
         off = tl.where(inside, value.to(tl.float32) - pivot[None, :], 0.0)
         linear += off
         square += off * off
-    last, shift, squares = _totals(tl.sum(linear, 0), tl.sum(square, 0), sums, counters, part, parts, C, channels, GROUP)
+    shift, squares = tl.sum(linear, 0), tl.sum(square, 0)
+    last, shift, squares = _totals(shift, squares, sums, counters, part, parts, C, channels, GROUP)
     if last:
         shift *= 1.0 / R
         squares = tl.maximum(squares - R * shift * shift, 0.0)
@@ -344,7 +345,8 @@ class _NormAct(torch.autograd.Function):
         rows, height, width, channels = sizes
         dy = dy.contiguous(memory_format=torch.channels_last)
         grid, tiles, parts, cut = _grid("slope_sums", rows, channels)
-        sums, totals = (p.new_empty(shape, dtype=torch.float32) for shape in ((parts + GROUP, 2, channels), (2, channels)))
+        sums = p.new_empty((parts + GROUP, 2, channels), dtype=torch.float32)
+        totals = p.new_empty((2, channels), dtype=torch.float32)
         _slope_sums_kernel[grid](p, dy, *given, sums, _counters(p.device), totals, rows, channels, tiles, parts,
                                  **flags, **cut)
         dx = torch.empty((p.size(0), channels, height, width), dtype=p.dtype, device=p.device,

@@ -79,7 +79,7 @@ def test_activations_are_those_of_float64(act, exact):
 @pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_results_statistics_and_gradients(shape, pool, act, residual, monkeypatch):
-    cut = module.Cut(programs=3, stages=2)  # several tiles to a program, several groups of programs
+    cut = module.Cut(programs=3, stages=3)  # several tiles to a program, several groups of programs
     monkeypatch.setattr(module, "CUTS", dict.fromkeys(module.CUTS, cut))
     monkeypatch.setattr(module, "GROUP", 2)
     given = tensors(shape, pool, residual)
@@ -196,7 +196,8 @@ def build(kernel, bias="*fp32", num_warps=4, maxnreg=None, **constants):
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
                if signature[name][0] == "*" or name == "C"}
     source = ASTSource(kernel, signature, constants, aligned)
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=num_warps, maxnreg=maxnreg)).asm["ptx"]
+    options = dict(num_warps=num_warps, maxnreg=maxnreg)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     wide = re.findall(r"ld[.]global[.]\\S*v4|cp[.]async.*0x10", ptx)
     return dict(wide=len(wide), products="mma" in ptx, spilled=".local" in ptx)
 
