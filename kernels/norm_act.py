@@ -1,18 +1,24 @@
-"""Max-pool, batch norm and activation of a convolution's result, forward and backward, in three launches each.
+"""Max-pool, batch norm and activation of a convolution's result: two launches forward, two backward.
 
     p = max over 2×2 of x (or x itself);  μ, σ² over all but the channels;  h = (p − μ) / √(σ² + ε)
     y = act(h + bias + residual)                                           act: exact GELU or SiLU, derivative act'
     backward: δ = dy · act'(…);  dbias = Σ δ;  dp = (δ − mean δ − h · mean(δ h)) / √(σ² + ε);  dx: dp where p came from
 
-Channels last, so x is (rows, channels). Forward reads x, writes p and which of the four it was (a byte), with the sums
-of each program; adds those up; reads p and writes y. Backward reads p and dy for the sums, adds them up, reads both
-again and writes dx. Separate torch kernels write 8 bytes for the place of each maximum, and write and read what the
-norm gives; in the six layers of the CIFAR network that is about 2 GB more at a batch of 2000, by count. Sums are over
-differences from a pivot, the program's first row, so that large means cost no precision, and in an order that depends
-on shapes alone: the same input gives the same bits.
+Channels last, so x is (rows, channels). Forward reads x, writes p and which of the four it was (a byte), and takes the
+statistics; reads p and writes y. Backward reads p and dy for the sums, reads both again and writes dx. Separate torch
+kernels write 8 bytes for the place of each maximum, and write and read what the norm gives; in the six layers of the
+CIFAR network that is about 2 GB more at a batch of 2000, by count. Evaluation is one launch, from x to y.
 
-Eager twin: norm_act_eager.
+Sums are finished by whichever programs come last, without a launch of their own, in an order that depends on shapes and
+CUTS alone: the same input gives the same bits. They are of differences from a pivot, the first row, so that large means
+cost no precision. The first of two passes over the same tensors goes from their end to their beginning, where the
+second starts: what the first has read last is still in the L2 cache.
+
+Eager twin: norm_act_eager. Times and bytes of each kernel: python -m kernels.bench_norm_act
 """
+
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +27,24 @@ import triton.language as tl
 from torch import Tensor
 
 from .augment import ACTIVATIONS, activated, activated_slope, activation
+from .graph import capturing
 
-PROGRAMS = 1024  # at most, over all channels, in the launches that sum
-_ELEMENTS = 2048  # of a tile
+
+@dataclass(frozen=True)
+class Cut:
+    """How a kernel cuts (rows, channels): every program takes each so manieth tile of its channels in turn."""
+
+    elements: int = 1024  # of a tile
+    warps: int = 4
+    programs: int = 3960  # at most, over all channels
+    stages: int = 1  # n > 2: the loads of n − 2 further tiles are under way; 2 only goes through shared memory
+    channels: int = 64  # of a tile, at most
+
+
+GROUP = 32  # programs whose sums one of them adds up; as many groups at most
+# By count of registers 7 programs of the two that sum fit on a multiprocessor: 924 are all that an H200 runs at a time.
+CUTS = {"pool": Cut(programs=924, stages=3), "activate": Cut(), "slope_sums": Cut(programs=924, stages=3),
+        "slopes": Cut()}
 
 
 def norm_act_eager(x: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, *, training: bool, pool: bool,
@@ -36,12 +57,18 @@ def norm_act_eager(x: Tensor, bias: Tensor, running_mean: Tensor, running_var: T
 
 
 @triton.jit
-def _tile(C, first_row, R, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(rows, channels, element offsets, mask) of a tile of the (R, C) matrix."""
-    rows = first_row + tl.arange(0, BLOCK_R)
-    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+def _strip(C, BLOCK_C: tl.constexpr):
+    """(number of this program among those of its channels, its channels). Neighbours share rows, not channels."""
+    strips = tl.cdiv(C, BLOCK_C)
+    return tl.program_id(0) // strips, tl.program_id(0) % strips * BLOCK_C + tl.arange(0, BLOCK_C)
+
+
+@triton.jit
+def _tile(tile, channels, R, C, BLOCK_R: tl.constexpr):
+    """(rows, element offsets, mask) of a tile of the (R, C) matrix."""
+    rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = (rows < R)[:, None] & (channels < C)[None, :]
-    return rows, channels, rows.to(tl.int64)[:, None] * C + channels[None, :], inside
+    return rows, rows.to(tl.int64)[:, None] * C + channels[None, :], inside
 
 
 @triton.jit
@@ -53,159 +80,190 @@ def _corner(rows, channels, H, W, C):
 
 
 @triton.jit
-def _pool_kernel(x, pooled, which, sums, R, H, W, C, chunks, POOL: tl.constexpr, TRAINING: tl.constexpr,
-                 BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Programs (parts of the rows, parts of the channels). sums (2, parts, C): mean and Σ (p − mean)² of each."""
-    begin = tl.program_id(0) * chunks * BLOCK_R
+def _largest(x, corner, inside, W, C):
+    """(maximum of four, which of them: 0 … 3) of a tile."""
+    value = tl.load(x + corner, mask=inside, other=0.0)
+    best = tl.zeros(value.shape, dtype=tl.int8)
+    for tap in tl.static_range(1, 4):
+        other = tl.load(x + corner + ((tap // 2) * W + tap % 2) * C, mask=inside, other=0.0)
+        larger = (other > value) | (other != other)  # NaN spreads, as in torch
+        value, best = tl.where(larger, other, value), tl.where(larger, tap, best).to(tl.int8)
+    return value, best
+
+
+@triton.jit
+def _came_last(counter, programs):
+    """Whether the other programs have come here before. What they stored can then be read, past the first cache."""
+    tl.debug_barrier()  # all threads have stored
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(counter, 0)  # for the next launch
+    return last
+
+
+@triton.jit
+def _stored(a, b, sums, row, C, channels):
+    at = sums + row * 2 * C + channels
+    tl.store(at, a, mask=channels < C)
+    tl.store(at + C, b, mask=channels < C)
+
+
+@triton.jit
+def _summed(sums, row, count, C, channels, GROUP: tl.constexpr):
+    """What _stored has left in `count` rows, at most GROUP, added up."""
+    lane = tl.arange(0, GROUP)
+    at = sums + (row + lane)[:, None] * 2 * C + channels[None, :]
+    inside = (lane < count)[:, None] & (channels < C)[None, :]
+    return (tl.sum(tl.load(at, mask=inside, other=0.0, cache_modifier=".cg"), 0),
+            tl.sum(tl.load(at + C, mask=inside, other=0.0, cache_modifier=".cg"), 0))
+
+
+@triton.jit
+def _totals(a, b, sums, counters, part, parts, C, channels, GROUP: tl.constexpr):
+    """(whether this program is the last, sums over all of them of two vectors each, if so), in a fixed order: the last
+    of every GROUP programs adds up its group's, the last of those all groups'. sums (parts + groups, 2, C)."""
+    counters += tl.program_id(0) % tl.cdiv(C, channels.shape[0]) * (GROUP + 1)
+    group, groups = part // GROUP, tl.cdiv(parts, GROUP)
+    count = tl.minimum(parts - group * GROUP, GROUP)
+    _stored(a, b, sums, part, C, channels)
+    last = _came_last(counters + group, count)
+    if last:
+        a, b = _summed(sums, group * GROUP, count, C, channels, GROUP)
+        _stored(a, b, sums, parts + group, C, channels)
+        last = _came_last(counters + GROUP, groups)
+        if last:
+            a, b = _summed(sums, parts, groups, C, channels, GROUP)
+    return last, a, b
+
+
+@triton.jit
+def _pool_kernel(x, pooled, which, sums, counters, running_mean, running_var, mean, scale, R, H, W, C, tiles, parts,
+                 momentum, eps, POOL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+                 STAGES: tl.constexpr, GROUP: tl.constexpr):
+    """Pools and takes statistics: mean and scale = 1 / √(σ² + ε); the running ones move."""
+    part, channels = _strip(C, BLOCK_C)
+    real = channels < C
+    pivot = tl.load(x + channels, mask=real, other=0.0).to(tl.float32)
     linear = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     square = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
-    pivot = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    for chunk in range(chunks):
-        rows, channels, at, inside = _tile(C, begin + chunk * BLOCK_R, R, BLOCK_R, BLOCK_C)
+    for tile in tl.range(part, tiles, parts, num_stages=STAGES):
+        rows, at, inside = _tile(tiles - 1 - tile, channels, R, C, BLOCK_R)
         if POOL:
-            corner = _corner(rows, channels, H, W, C)
-            value = tl.load(x + corner, mask=inside, other=0.0)
-            best = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.int8)
-            for tap in tl.static_range(1, 4):
-                other = tl.load(x + corner + ((tap // 2) * W + tap % 2) * C, mask=inside, other=0.0)
-                larger = (other > value) | (other != other)  # NaN spreads, as in torch
-                value, best = tl.where(larger, other, value), tl.where(larger, tap, best).to(tl.int8)
+            value, best = _largest(x, _corner(rows, channels, H, W, C), inside, W, C)
             tl.store(pooled + at, value, mask=inside)
             tl.store(which + at, best, mask=inside)
         else:
             value = tl.load(x + at, mask=inside, other=0.0)
-        if TRAINING:
-            value = value.to(tl.float32)
-            if chunk == 0:
-                pivot = tl.sum(tl.where((rows == begin)[:, None], value, 0.0), 0)
-            value = tl.where(inside, value - pivot[None, :], 0.0)
-            linear += value
-            square += value * value
-    if TRAINING:
-        count = tl.minimum(R - begin, chunks * BLOCK_R).to(tl.float32)
-        channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-        shift = tl.sum(linear, 0) / count
-        out = sums + tl.program_id(0) * C + channels
-        tl.store(out, pivot + shift, mask=channels < C)
-        tl.store(out + tl.num_programs(0) * C, tl.sum(square, 0) - count * shift * shift, mask=channels < C)
+        off = tl.where(inside, value.to(tl.float32) - pivot[None, :], 0.0)
+        linear += off
+        square += off * off
+    shift, squares = tl.sum(linear, 0), tl.sum(square, 0)
+    last, shift, squares = _totals(shift, squares, sums, counters, part, parts, C, channels, GROUP)
+    if last:
+        shift *= 1.0 / R
+        squares = tl.maximum(squares - R * shift * shift, 0.0)
+        mu = pivot + shift
+        tl.store(mean + channels, mu, mask=real)
+        tl.store(scale + channels, 1 / tl.sqrt(squares * (1.0 / R) + eps), mask=real)
+        before = tl.load(running_mean + channels, mask=real, other=0.0)
+        tl.store(running_mean + channels, before + momentum * (mu - before), mask=real)
+        before = tl.load(running_var + channels, mask=real, other=0.0)
+        tl.store(running_var + channels, before + momentum * (squares * (1.0 / (R - 1)) - before), mask=real)
 
 
 @triton.jit
-def _statistics_kernel(sums, running_mean, running_var, mean, scale, R, C, parts, part_rows, momentum, eps,
-                       BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """mean and scale = 1 / √(σ² + ε) of all parts together; the running statistics move."""
-    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
-    for first in range(0, parts, BLOCK_R):
-        part = first + tl.arange(0, BLOCK_R)
-        inside = (part < parts)[:, None] & (channels < C)[None, :]
-        count = tl.minimum(R - part * part_rows, part_rows).to(tl.float32)
-        total += count[:, None] * tl.load(sums + part[:, None] * C + channels[None, :], mask=inside, other=0.0)
-    mu = tl.sum(total, 0) / R
-    total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
-    for first in range(0, parts, BLOCK_R):
-        part = first + tl.arange(0, BLOCK_R)
-        inside = (part < parts)[:, None] & (channels < C)[None, :]
-        at = sums + part[:, None] * C + channels[None, :]
-        count = tl.minimum(R - part * part_rows, part_rows).to(tl.float32)
-        off = tl.load(at, mask=inside, other=0.0) - mu[None, :]
-        within = tl.load(at + parts * C, mask=inside, other=0.0)
-        total += tl.where(inside, within + count[:, None] * off * off, 0.0)
-    squares = tl.maximum(tl.sum(total, 0), 0.0)
+def _activate_kernel(p, bias, mean, scale, residual, y, R, H, W, C, tiles, parts, eps, TRAINING: tl.constexpr,
+                     POOL: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_R: tl.constexpr,
+                     BLOCK_C: tl.constexpr, STAGES: tl.constexpr):
+    """y from p. Else than in training `scale` holds variances, and p can be what is to be pooled yet."""
+    part, channels = _strip(C, BLOCK_C)
     real = channels < C
-    tl.store(mean + channels, mu, mask=real)
-    tl.store(scale + channels, 1 / tl.sqrt(squares / R + eps), mask=real)
-    before = tl.load(running_mean + channels, mask=real, other=0.0)
-    tl.store(running_mean + channels, before + momentum * (mu - before), mask=real)
-    before = tl.load(running_var + channels, mask=real, other=0.0)
-    tl.store(running_var + channels, before + momentum * (squares / (R - 1) - before), mask=real)
+    mu = tl.load(mean + channels, mask=real, other=0.0)[None, :]
+    gain = tl.load(scale + channels, mask=real, other=1.0)[None, :]
+    if not TRAINING:
+        gain = 1 / tl.sqrt(gain + eps)
+    offset = tl.load(bias + channels, mask=real, other=0.0)[None, :]
+    for tile in tl.range(part, tiles, parts, num_stages=STAGES):
+        rows, at, inside = _tile(tile, channels, R, C, BLOCK_R)
+        if POOL:
+            value, _ = _largest(p, _corner(rows, channels, H, W, C), inside, W, C)
+        else:
+            value = tl.load(p + at, mask=inside, other=0.0)
+        z = (value.to(tl.float32) - mu) * gain + offset
+        if RESIDUAL:
+            z += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y + at, activated(z, SILU).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _normalised(p, bias, mean, scale, residual, channels, at, inside, C, RESIDUAL: tl.constexpr):
-    """(h, what the activation takes) of a tile, float32."""
-    real = channels < C
-    h = tl.load(p + at, mask=inside, other=0.0).to(tl.float32) - tl.load(mean + channels, mask=real, other=0.0)[None, :]
-    h = h * tl.load(scale + channels, mask=real, other=0.0)[None, :]
-    z = h + tl.load(bias + channels, mask=real, other=0.0)[None, :]
+def _slope(p, dy, residual, at, inside, mu, gain, offset, SILU: tl.constexpr, RESIDUAL: tl.constexpr):
+    """(p − μ, δ) of a tile, float32."""
+    off = tl.load(p + at, mask=inside, other=0.0).to(tl.float32) - mu
+    slope = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+    z = off * gain + offset
     if RESIDUAL:
         z += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    return h, z
+    return off, slope * activated_slope(z, SILU)
 
 
 @triton.jit
-def _activate_kernel(p, bias, mean, scale, residual, y, R, C, SILU: tl.constexpr, RESIDUAL: tl.constexpr,
-                     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Programs (tiles of rows, parts of the channels)."""
-    rows, channels, at, inside = _tile(C, tl.program_id(0) * BLOCK_R, R, BLOCK_R, BLOCK_C)
-    h, z = _normalised(p, bias, mean, scale, residual, channels, at, inside, C, RESIDUAL)
-    tl.store(y + at, activated(z, SILU).to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _slope_sums_kernel(p, dy, bias, mean, scale, residual, sums, R, C, chunks, SILU: tl.constexpr,
-                       RESIDUAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """sums (2, parts, C): each part's Σ δ and Σ δ h."""
+def _slope_sums_kernel(p, dy, bias, mean, scale, residual, sums, counters, totals, R, C, tiles, parts,
+                       SILU: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+                       STAGES: tl.constexpr, GROUP: tl.constexpr):
+    """totals (2, C): Σ δ and Σ δ h."""
+    part, channels = _strip(C, BLOCK_C)
+    real = channels < C
+    mu = tl.load(mean + channels, mask=real, other=0.0)[None, :]
+    gain = tl.load(scale + channels, mask=real, other=0.0)[None, :]
+    offset = tl.load(bias + channels, mask=real, other=0.0)[None, :]
     plain = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     along = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
-    for chunk in range(chunks):
-        first = (tl.program_id(0) * chunks + chunk) * BLOCK_R
-        rows, channels, at, inside = _tile(C, first, R, BLOCK_R, BLOCK_C)
-        h, z = _normalised(p, bias, mean, scale, residual, channels, at, inside, C, RESIDUAL)
-        delta = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * activated_slope(z, SILU)
+    for tile in tl.range(part, tiles, parts, num_stages=STAGES):
+        _, at, inside = _tile(tiles - 1 - tile, channels, R, C, BLOCK_R)
+        off, delta = _slope(p, dy, residual, at, inside, mu, gain, offset, SILU, RESIDUAL)
         plain += delta
-        along += delta * h
-    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    out = sums + tl.program_id(0) * C + channels
-    tl.store(out, tl.sum(plain, 0), mask=channels < C)
-    tl.store(out + tl.num_programs(0) * C, tl.sum(along, 0), mask=channels < C)
+        along += delta * off
+    last, plain, along = _totals(tl.sum(plain, 0), tl.sum(along, 0), sums, counters, part, parts, C, channels, GROUP)
+    if last:
+        tl.store(totals + channels, plain, mask=real)
+        tl.store(totals + C + channels, along * tl.load(scale + channels, mask=real, other=0.0), mask=real)
 
 
 @triton.jit
-def _add_up_kernel(sums, totals, C, parts, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """totals (2, C): sums (2, parts, C) over the parts. Programs (parts of the channels, 2)."""
-    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    half = tl.program_id(1)
-    total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
-    for first in range(0, parts, BLOCK_R):
-        part = first + tl.arange(0, BLOCK_R)
-        inside = (part < parts)[:, None] & (channels < C)[None, :]
-        total += tl.load(sums + (half * parts + part)[:, None] * C + channels[None, :], mask=inside, other=0.0)
-    tl.store(totals + half * C + channels, tl.sum(total, 0), mask=channels < C)
-
-
-@triton.jit
-def _slopes_kernel(p, dy, which, bias, mean, scale, residual, totals, dx, dresidual, R, H, W, C, SILU: tl.constexpr,
-                   RESIDUAL: tl.constexpr, POOL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Programs (tiles of rows, parts of the channels). Each of p's rows writes its four of dx; the last of a line or
-    column also the zeros of an odd one beyond it."""
-    rows, channels, at, inside = _tile(C, tl.program_id(0) * BLOCK_R, R, BLOCK_R, BLOCK_C)
+def _slopes_kernel(p, dy, which, bias, mean, scale, residual, totals, dx, dresidual, R, H, W, C, tiles, parts,
+                   SILU: tl.constexpr, RESIDUAL: tl.constexpr, POOL: tl.constexpr, BLOCK_R: tl.constexpr,
+                   BLOCK_C: tl.constexpr, STAGES: tl.constexpr):
+    """Each of p's rows writes its four of dx; the last of a line or column also the zeros of an odd one beyond it."""
+    part, channels = _strip(C, BLOCK_C)
     real = channels < C
-    h, z = _normalised(p, bias, mean, scale, residual, channels, at, inside, C, RESIDUAL)
-    delta = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * activated_slope(z, SILU)
-    if RESIDUAL:
-        tl.store(dresidual + at, delta.to(dresidual.dtype.element_ty), mask=inside)
-    plain = tl.load(totals + channels, mask=real, other=0.0) / R
-    along = tl.load(totals + C + channels, mask=real, other=0.0) / R
-    delta = (delta - plain[None, :] - h * along[None, :]) * tl.load(scale + channels, mask=real, other=0.0)[None, :]
-    delta = delta.to(dx.dtype.element_ty)
-    if POOL:
-        corner = _corner(rows, channels, H, W, C)
-        best = tl.load(which + at, mask=inside, other=0)
-        for tap in tl.static_range(4):
-            place = dx + corner + ((tap // 2) * W + tap % 2) * C
-            tl.store(place, tl.where(best == tap, delta, tl.zeros_like(delta)), mask=inside)
-        PH, PW = H // 2, W // 2
-        zeros = tl.zeros_like(delta)
-        edge_x = inside & ((rows % PW == PW - 1) & (W % 2 == 1))[:, None]
-        edge_y = inside & ((rows // PW % PH == PH - 1) & (H % 2 == 1))[:, None]
-        tl.store(dx + corner + 2 * C, zeros, mask=edge_x)
-        tl.store(dx + corner + (W + 2) * C, zeros, mask=edge_x)
-        tl.store(dx + corner + 2 * W * C, zeros, mask=edge_y)
-        tl.store(dx + corner + (2 * W + 1) * C, zeros, mask=edge_y)
-        tl.store(dx + corner + (2 * W + 2) * C, zeros, mask=edge_x & edge_y)
-    else:
-        tl.store(dx + at, delta, mask=inside)
+    mu = tl.load(mean + channels, mask=real, other=0.0)[None, :]
+    gain = tl.load(scale + channels, mask=real, other=0.0)[None, :]
+    offset = tl.load(bias + channels, mask=real, other=0.0)[None, :]
+    plain = tl.load(totals + channels, mask=real, other=0.0)[None, :] * (1.0 / R) * gain
+    along = tl.load(totals + C + channels, mask=real, other=0.0)[None, :] * (1.0 / R) * gain * gain
+    for tile in tl.range(part, tiles, parts, num_stages=STAGES):
+        rows, at, inside = _tile(tile, channels, R, C, BLOCK_R)
+        off, delta = _slope(p, dy, residual, at, inside, mu, gain, offset, SILU, RESIDUAL)
+        if RESIDUAL:
+            tl.store(dresidual + at, delta.to(dresidual.dtype.element_ty), mask=inside)
+        delta = (delta * gain - (off * along + plain)).to(dx.dtype.element_ty)
+        if POOL:
+            corner = _corner(rows, channels, H, W, C)
+            best = tl.load(which + at, mask=inside, other=0)
+            zeros = tl.zeros_like(delta)
+            for tap in tl.static_range(4):
+                place = dx + corner + ((tap // 2) * W + tap % 2) * C
+                tl.store(place, tl.where(best == tap, delta, zeros), mask=inside)
+            PH, PW = H // 2, W // 2
+            edge_x = inside & ((rows % PW == PW - 1) & (W % 2 == 1))[:, None]
+            edge_y = inside & ((rows // PW % PH == PH - 1) & (H % 2 == 1))[:, None]
+            tl.store(dx + corner + 2 * C, zeros, mask=edge_x)
+            tl.store(dx + corner + (W + 2) * C, zeros, mask=edge_x)
+            tl.store(dx + corner + 2 * W * C, zeros, mask=edge_y)
+            tl.store(dx + corner + (2 * W + 1) * C, zeros, mask=edge_y)
+            tl.store(dx + corner + (2 * W + 2) * C, zeros, mask=edge_x & edge_y)
+        else:
+            tl.store(dx + at, delta, mask=inside)
 
 
 def norm_act(x: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, *, training: bool, pool: bool,
@@ -231,54 +289,70 @@ def norm_act(x: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
     return _NormAct.apply(x, bias, residual, running_mean, running_var, training, pool, act, momentum, eps)
 
 
+@cache
+def _counters(device: torch.device) -> Tensor:
+    """Zeros on which the programs of a launch count themselves, and which they leave as zeros: one stream at a time."""
+    if capturing():
+        raise RuntimeError("norm_act must have run before a CUDA graph of it is captured: call it once, then capture")
+    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
+
+
+def _grid(name: str, rows: int, channels: int) -> tuple[tuple[int], int, int, dict]:
+    """(grid, tiles of rows, programs of the same channels, constants and options) of a launch, by CUTS."""
+    cut = CUTS[name]
+    block_c = min(cut.channels, max(16, triton.next_power_of_2(channels)))
+    constants = dict(BLOCK_R=cut.elements // block_c, BLOCK_C=block_c, STAGES=cut.stages, num_warps=cut.warps)
+    strips, tiles = triton.cdiv(channels, block_c), triton.cdiv(rows, cut.elements // block_c)
+    parts = max(1, min(tiles, cut.programs // strips))
+    if name in ("pool", "slope_sums"):
+        parts, constants["GROUP"] = min(parts, GROUP * GROUP), GROUP
+    return (strips * parts,), tiles, parts, constants
+
+
 class _NormAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, residual, running_mean, running_var, training, pool, act, momentum, eps):
         batch, channels, height, width = x.shape
         places = (height // 2, width // 2) if pool else (height, width)
-        rows, new = batch * places[0] * places[1], x.new_empty
-        block_c = min(64, max(16, triton.next_power_of_2(channels)))
-        block = dict(BLOCK_R=_ELEMENTS // block_c, BLOCK_C=block_c)
-        parts_c, tiles = triton.cdiv(channels, block_c), triton.cdiv(rows, block["BLOCK_R"])
-        chunks = triton.cdiv(tiles, max(1, PROGRAMS // parts_c))
-        parts = triton.cdiv(tiles, chunks)
-        like = dict(device=x.device, memory_format=torch.channels_last)
-        p = torch.empty((batch, channels, *places), dtype=x.dtype, **like) if pool else x
-        which = torch.empty(p.shape, dtype=torch.int8, **like) if pool else x
-        sums = new((2, parts, channels), dtype=torch.float32)
-        if pool or training:
-            _pool_kernel[(parts, parts_c)](x, p, which, sums, rows, height, width, channels, chunks, POOL=pool,
-                                           TRAINING=training, **block)
+        size = batch * places[0] * places[1], channels
+        sizes = size[0], height, width, channels
+        like = dict(size=(batch, channels, *places), device=x.device, memory_format=torch.channels_last)
+        p, which, mean, scale = x, x, running_mean, running_var
         if training:
-            mean, scale = new((2, channels), dtype=torch.float32).unbind()
-            _statistics_kernel[(triton.cdiv(channels, 16),)](
-                sums, running_mean, running_var, mean, scale, rows, channels, parts, chunks * block["BLOCK_R"],
-                momentum, eps, BLOCK_R=64, BLOCK_C=16)
-        else:
-            mean, scale = running_mean, (running_var + eps).rsqrt()
-        y = torch.empty_like(p, memory_format=torch.channels_last)
+            if pool:
+                p, which = torch.empty(dtype=x.dtype, **like), torch.empty(dtype=torch.int8, **like)
+            mean, scale = x.new_empty((2, channels), dtype=torch.float32).unbind()
+            grid, tiles, parts, cut = _grid("pool", *size)
+            sums = x.new_empty((parts + GROUP, 2, channels), dtype=torch.float32)
+            _pool_kernel[grid](x, p, which, sums, _counters(x.device), running_mean, running_var, mean, scale, *sizes,
+                               tiles, parts, momentum, eps, POOL=pool, **cut)
+        y = torch.empty(dtype=x.dtype, **like)
         flags = dict(SILU=act == "silu", RESIDUAL=residual is not None)
         extra = x if residual is None else residual  # a pointer that is not read
-        _activate_kernel[(tiles, parts_c)](p, bias, mean, scale, extra, y, rows, channels, **flags, **block)
-        ctx.plan = rows, channels, (height, width), chunks, parts, tiles, parts_c, block, flags, pool, training
+        grid, tiles, parts, cut = _grid("activate", *size)
+        _activate_kernel[grid](p, bias, mean, scale, extra, y, *sizes, tiles, parts, eps, TRAINING=training,
+                               POOL=pool and not training, **flags, **cut)
+        ctx.plan = sizes, flags, pool, training
         ctx.save_for_backward(p, which, bias, mean, scale, extra)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        p, which, bias, mean, scale, residual = ctx.saved_tensors
-        rows, channels, (height, width), chunks, parts, tiles, parts_c, block, flags, pool, training = ctx.plan
+        p, which, *given = ctx.saved_tensors
+        sizes, flags, pool, training = ctx.plan
         if not training:
             raise RuntimeError("norm_act has gradients in training only: call it with training=True")
+        rows, height, width, channels = sizes
         dy = dy.contiguous(memory_format=torch.channels_last)
-        sums = p.new_empty((2, parts, channels), dtype=torch.float32)
+        grid, tiles, parts, cut = _grid("slope_sums", rows, channels)
+        sums = p.new_empty((parts + GROUP, 2, channels), dtype=torch.float32)
         totals = p.new_empty((2, channels), dtype=torch.float32)
-        _slope_sums_kernel[(parts, parts_c)](p, dy, bias, mean, scale, residual, sums, rows, channels, chunks,
-                                             **flags, **block)
-        _add_up_kernel[(triton.cdiv(channels, 16), 2)](sums, totals, channels, parts, BLOCK_R=64, BLOCK_C=16)
+        _slope_sums_kernel[grid](p, dy, *given, sums, _counters(p.device), totals, rows, channels, tiles, parts,
+                                 **flags, **cut)
         dx = torch.empty((p.size(0), channels, height, width), dtype=p.dtype, device=p.device,
                          memory_format=torch.channels_last)
-        dresidual = torch.empty_like(residual) if flags["RESIDUAL"] else dx
-        _slopes_kernel[(tiles, parts_c)](p, dy, which, bias, mean, scale, residual, totals, dx, dresidual, rows, height,
-                                         width, channels, POOL=pool, **flags, **block)
+        dresidual = torch.empty_like(p, memory_format=torch.channels_last) if flags["RESIDUAL"] else dx
+        grid, tiles, parts, cut = _grid("slopes", rows, channels)
+        _slopes_kernel[grid](p, dy, which, *given, totals, dx, dresidual, *sizes, tiles, parts, POOL=pool, **flags,
+                             **cut)
         return dx, totals[0], dresidual if flags["RESIDUAL"] else None, *(None,) * 7

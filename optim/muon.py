@@ -172,19 +172,29 @@ class Muon(ShardedOptimizer):
             for bank, grads in zip(banks, summed):  # only now: collectives run in the order in which they are asked for
                 own = self._own(bank, grads)
                 self.finite.push(self.steps, bank.names, list(grads[: len(own)].unbind()), grads.device, own.start)
+            awake = {}  # (parameter, its update, ratio) of all that one set of launches can take
             for bank, pending in zip(banks, gathered):
-                self._apply(bank, pending.wait())
+                first, lr = bank.params[0], bank.group["lr"]
+                ratio = ADJUST_LR[bank.group["adjust_lr_fn"]](*bank.shape[1:])
+                moving = isinstance(lr, Tensor) and lr.device == first.device
+                key = id(bank.group), first.dtype, first.device, moving or ratio
+                awake.setdefault(key, (bank.group, lr if moving else float(lr), []))[-1].extend(
+                    (p, bank.seen_as(p, u), ratio) for p, u in zip(bank.params, pending.wait().to(first.dtype))
+                    if p.grad is not None)
+            for group, lr, members in awake.values():
+                self._apply(group, lr, *zip(*members))
 
     def _reduce(self, bank: "Bank"):
         first = bank.params[0]
-        share = self.ranks.share(len(bank.params))
-        stacked = first.new_zeros(share * self.ranks.size, *bank.shape)
+        count = self.ranks.share(len(bank.params)) * self.ranks.size
+        full = count == len(bank.params) and all(p.grad is not None for p in bank.params)
+        stacked = (first.new_empty if full else first.new_zeros)(count, *bank.shape)
         slots, grads = [], []
         for slot, p in zip(stacked, bank.params):
             if p.grad is not None:
                 if p.grad.is_sparse:
                     raise ValueError("Muon: sparse gradients are not supported; give this parameter to Adam")
-                slots.append(slot.view(p.shape))
+                slots.append(bank.seen_as(p, slot))
                 grads.append(p.grad)  # in any layout
         torch._foreach_copy_(slots, grads)
         return self.ranks.reduce_scatter(stacked)
@@ -240,19 +250,16 @@ class Muon(ShardedOptimizer):
                                      f"this optimizer needs {', '.join(layout)}")
                 for name, (shape, _) in layout.items():
                     view = bank.state[name][slot]
+                    view = bank.seen_as(p, view) if shape == bank.shape else view
                     if loaded:
-                        view.copy_(loaded[name].reshape(shape))
-                    self.state[p][name] = view.view(p.shape) if shape == bank.shape else view
+                        view.copy_(loaded[name].reshape(view.shape))
+                    self.state[p][name] = view
         return bank.state
 
-    def _apply(self, bank: "Bank", updates: Tensor) -> None:
-        group, first = bank.group, bank.params[0]
-        lr, decay = group["lr"], group["weight_decay"]
-        if not isinstance(lr, Tensor) or lr.device != first.device:
-            lr = float(lr)
-        updates = updates.to(first.dtype)
-        awake = [(p, u.reshape(p.shape)) for p, u in zip(bank.params, updates) if p.grad is not None]
-        params, updates = zip(*awake)
+    def _apply(self, group: dict, lr: float | Tensor, params: Sequence[Tensor], updates: Sequence[Tensor],
+               ratios: Sequence[float]) -> None:
+        """params ← (1 − lr · decay) · params − lr · ratios · updates. lr is a number, or on the parameters' device."""
+        decay = group["weight_decay"]
         if group["cautious"] and decay:
             agree = torch._foreach_mul(params, updates)
             torch._foreach_sign_(agree)
@@ -262,7 +269,9 @@ class Muon(ShardedOptimizer):
             _add_scaled(params, agree, lr * -decay)
         elif decay:
             torch._foreach_mul_(params, 1 - lr * decay)
-        _add_scaled(params, updates, lr * -ADJUST_LR[group["adjust_lr_fn"]](*bank.shape[1:]))
+        if len(set(ratios)) > 1:
+            updates, ratios = torch._foreach_mul(updates, ratios), (1.0,)
+        _add_scaled(params, updates, lr * -ratios[0])
 
 
 def _add_scaled(params: Sequence[Tensor], others: Sequence[Tensor], factor: float | Tensor) -> None:
@@ -284,3 +293,12 @@ class Bank:
         self.names: list[str] = []
         self.params: list[Tensor] = []
         self.state: dict[str, Tensor] | None = None  # this rank's share, made at the first step
+
+    def seen_as(self, p: Tensor, matrix: Tensor) -> Tensor:
+        """`matrix`, of the bank's shape, as p, in p's own order in memory where that goes by rows: so a filter that is
+        channels last has its columns in that order, and is copied and added to by kernels that need no strides. Nothing
+        but factored moments, whose checkpoints name columns, could tell."""
+        if p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) and (
+                self.group["second_moment"] != "factored"):
+            return matrix.reshape(p.size(0), *p.shape[2:], p.size(1)).permute(0, 3, 1, 2)
+        return matrix.reshape(p.shape)

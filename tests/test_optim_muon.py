@@ -1,5 +1,6 @@
 """Muon, Adam and their chain: equality with torch's own, many ranks, state, and what they refuse."""
 
+import copy
 import os
 import socket
 
@@ -86,16 +87,37 @@ def test_split_treats_a_fused_projection_as_separate_matrices():
     assert torch.allclose(fused, torch.cat([p.detach() for p in parts]), atol=1e-6)
 
 
-def test_a_convolution_is_the_matrix_of_its_filters():
+@pytest.mark.parametrize("second_moment", [None, "full", "factored"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_is_the_matrix_of_its_filters(layout, second_moment):
     torch.manual_seed(0)
-    filters = nn.Parameter(torch.randn(8, 3, 3, 3))
+    filters = nn.Parameter(torch.randn(8, 3, 3, 3).contiguous(memory_format=layout))
     matrix = nn.Parameter(filters.detach().reshape(8, 27).clone())
-    a, b = Muon([filters], lr=0.1), Muon([matrix], lr=0.1)
+    a, b = (Muon([p], lr=0.1, second_moment=second_moment) for p in (filters, matrix))
     for grad in gradients((8, 27), 3):
         filters.grad, matrix.grad = grad.view(8, 3, 3, 3).contiguous(memory_format=torch.channels_last), grad.clone()
         a.step()
         b.step()
     assert torch.allclose(filters.reshape(8, 27), matrix, atol=1e-6)
+    for name, value in a.state[filters].items():
+        assert torch.allclose(value.reshape(b.state[matrix][name].shape), b.state[matrix][name], atol=1e-6), name
+
+
+def test_a_checkpoint_does_not_depend_on_how_filters_lie_in_memory():
+    torch.manual_seed(0)
+    one = nn.Parameter(torch.randn(8, 3, 3, 3))
+    other = nn.Parameter(one.detach().contiguous(memory_format=torch.channels_last))
+    a, b = (Muon([p], lr=0.1, second_moment="full") for p in (one, other))
+    for grad in gradients((8, 27), 3):
+        one.grad = other.grad = grad.view(8, 3, 3, 3)
+        a.step()
+        if not b.steps:
+            b.load_state_dict(copy.deepcopy(a.state_dict()))
+            other.data.copy_(one.data)
+        else:
+            b.step()
+        b.steps = a.steps
+    assert torch.allclose(one, other, atol=1e-6)
 
 
 def test_parameters_without_gradient_are_left_alone():
