@@ -58,7 +58,7 @@ case "${1:-}" in
         ;;
     test)
         shift
-        exec python -m pytest -n 2 --dist loadfile "$@" # two processes: the kernels' interpreter uses one core each
+        exec env OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile "$@" # a core for each of two processes
         ;;
     ab)
         exec python -m records "$@"
