@@ -577,7 +577,7 @@ class GPT(nn.Module):
         """torch.compile by parts: blocks of one kind share a graph, so compiling takes seconds and not minutes."""
         torch._dynamo.config.recompile_limit = 64  # kinds of block × training or validation × fixed or symbolic window
         self.compiled = True
-        for name in ("rows_of", "add_to_rows", "pair_rows", "first", "loss"):
+        for name in ("rows_of", "pair_rows", "first", "loss"):
             setattr(self, name, torch.compile(getattr(self, name), fullgraph=True))
         for block in self.blocks:
             block.compile(fullgraph=True)
