@@ -624,17 +624,13 @@ def process_group(device: torch.device):
 
 
 def pick_device(s: Settings) -> torch.device:
-    device = _pick_device(s)
-    if s.head_precision == "fp8" and (device.type == "cpu" or why_not(device)):
-        raise SettingsError(f"--head-precision fp8: {why_not(device) or 'it needs a GPU'}; use --head-precision "
-                            "bfloat16")
-    return device
-
-
-def _pick_device(s: Settings) -> torch.device:
     if s.device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("--device cuda, but torch finds no GPU: look at nvidia-smi, or use --device cpu")
-    if s.device == "cpu" or not torch.cuda.is_available():
+    cpu = s.device == "cpu" or not torch.cuda.is_available()
+    obstacle = "it needs a GPU" if cpu else why_not(torch.device("cuda"))
+    if s.head_precision == "fp8" and obstacle:
+        raise SettingsError(f"--head-precision fp8: {obstacle}; use --head-precision bfloat16")
+    if cpu:
         return torch.device("cpu")
     local_rank, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if processes > torch.cuda.device_count():

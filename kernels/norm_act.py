@@ -196,6 +196,14 @@ def _activate_kernel(p, bias, mean, scale, residual, y, R, H, W, C, tiles, parts
 
 
 @triton.jit
+def _affine(bias, mean, scale, channels, real):
+    """(μ, scale, bias) of a tile's channels, each (1, channels)."""
+    return (tl.load(mean + channels, mask=real, other=0.0)[None, :],
+            tl.load(scale + channels, mask=real, other=0.0)[None, :],
+            tl.load(bias + channels, mask=real, other=0.0)[None, :])
+
+
+@triton.jit
 def _slope(p, dy, residual, at, inside, mu, gain, offset, SILU: tl.constexpr, RESIDUAL: tl.constexpr):
     """(p − μ, δ) of a tile, float32."""
     off = tl.load(p + at, mask=inside, other=0.0).to(tl.float32) - mu
@@ -213,9 +221,7 @@ def _slope_sums_kernel(p, dy, bias, mean, scale, residual, sums, counters, total
     """totals (2, C): Σ δ and Σ δ h."""
     part, channels = _strip(C, BLOCK_C)
     real = channels < C
-    mu = tl.load(mean + channels, mask=real, other=0.0)[None, :]
-    gain = tl.load(scale + channels, mask=real, other=0.0)[None, :]
-    offset = tl.load(bias + channels, mask=real, other=0.0)[None, :]
+    mu, gain, offset = _affine(bias, mean, scale, channels, real)
     plain = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     along = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     for tile in tl.range(part, tiles, parts, num_stages=STAGES):
@@ -236,9 +242,7 @@ def _slopes_kernel(p, dy, which, bias, mean, scale, residual, totals, dx, dresid
     """Each of p's rows writes its four of dx; the last of a line or column also the zeros of an odd one beyond it."""
     part, channels = _strip(C, BLOCK_C)
     real = channels < C
-    mu = tl.load(mean + channels, mask=real, other=0.0)[None, :]
-    gain = tl.load(scale + channels, mask=real, other=0.0)[None, :]
-    offset = tl.load(bias + channels, mask=real, other=0.0)[None, :]
+    mu, gain, offset = _affine(bias, mean, scale, channels, real)
     plain = tl.load(totals + channels, mask=real, other=0.0)[None, :] * (1.0 / R) * gain
     along = tl.load(totals + C + channels, mask=real, other=0.0)[None, :] * (1.0 / R) * gain * gain
     for tile in tl.range(part, tiles, parts, num_stages=STAGES):

@@ -10,7 +10,7 @@ take turns block by block; every run still has a seed and a record of its own:
     python -m records ab --a "train_cifar.py --optimizer muon" --b "train_cifar.py" --runs 50 --block 10
 
 What follows -- are options of every arm. Without any options: muon against turbo-muon on the local text, three short
-runs each, two to three minutes on two CPU cores. The folder of the experiment holds the ledger (records.schedule), the
+runs each, a few minutes on two CPU cores. The folder of the experiment holds the ledger (records.schedule), the
 record of every run and, in the end, report.md, report.json and loss.png/.svg.
 
 A script fits that takes settings as --key value, among them --seed, --records and --name, lists them with --help, and

@@ -1,19 +1,12 @@
 """Without a GPU too: the product kernel compiles for Hopper, uses tensor cores and copy engine, keeps its limits."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from hopper import printed_by
 
 from kernels.tiles import CANDIDATES
 
-ROOT = Path(__file__).resolve().parent.parent
 SHARED_MEMORY = 232448  # bytes that a block may have on an H100 or H200
 
-# In a process of its own: the interpreter, which the other tests run in, is chosen when triton is imported.
 PROGRAM = """
 import json, triton
 from triton.backends.compiler import GPUTarget
@@ -48,10 +41,7 @@ print(json.dumps([[build(mode, addends, t) for mode, addends in (("gram", 0), ("
 @pytest.fixture(scope="module")
 def compiled():
     """For every candidate what came of the two modes that hold most in registers."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, text=True, capture_output=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed_by(PROGRAM)
 
 
 @pytest.mark.parametrize("candidate", range(len(CANDIDATES)))

@@ -3,15 +3,10 @@
 At the end: its kernels and those of kernels/fp8.py compile for Hopper, with wide loads and no function computed twice.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from hopper import printed_by
 
 from kernels import cross_entropy as module
 from kernels.cross_entropy import softcapped_cross_entropy, softcapped_cross_entropy_eager
@@ -328,7 +323,6 @@ def test_validation_keeps_no_logits():
     assert torch.cuda.memory_allocated() - before < 2**20
 
 
-# In a process of its own: the interpreter, which the other tests run in, is chosen when triton is imported.
 PROGRAM = """
 import json, re, triton
 from triton.backends.compiler import GPUTarget
@@ -362,11 +356,7 @@ print(json.dumps(dict(
 
 
 def test_the_kernels_compile_for_hopper():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=Path(__file__).resolve().parent.parent, text=True,
-                          capture_output=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = printed_by(PROGRAM)
     assert not any(each["spilled"] for each in found.values())
     assert all(found[name]["loads"] > 0 for name in found)
     assert all(found[name]["stores"] > 0 for name in ("slopes", "both", "cast"))  # 16 bytes a thread

@@ -1,13 +1,8 @@
 """The momentum kernels against their eager twin, whose formulas tests/test_optim_second_moment.py checks in float64."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from hopper import printed_by
 
 from kernels.momentum import COLUMNS, ROWS, SUMMED, momentum_update
 from optim import Muon, Polar
@@ -18,7 +13,6 @@ from optim.second_moment import momentum_update as twin
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 pytestmark = [pytest.mark.gpu] if GPU else []
-ROOT = Path(__file__).resolve().parent.parent
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1e-2 if GPU else 3e-2, torch.float16: 2e-3}  # interpreter: cuts bits
 SHAPES = [(1, 1, 1), (3, 7, 5), (2, 1, 300), (2, 300, 1), (2, ROWS + 6, COLUMNS + 2), (1, 2 * SUMMED + 5, 3),
           (1, 64, 3 * COLUMNS)]
@@ -143,7 +137,6 @@ def test_more_elements_than_an_int32_can_count(kind):
     assert torch.allclose(update[-1:], expected, rtol=0.02, atol=1e-3) and not update[:-1].any()
 
 
-# In a process of its own: the interpreter, which the other tests run in, is chosen when triton is imported.
 PROGRAM = """
 import json, triton
 from triton.backends.compiler import GPUTarget
@@ -178,10 +171,7 @@ print(json.dumps([
 
 
 def test_the_kernels_compile_for_hopper_without_spilling():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, text=True, capture_output=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for by_dtype in json.loads(done.stdout.splitlines()[-1]):
+    for by_dtype in printed_by(PROGRAM):
         for kernel, (wide_loads, spills) in enumerate(by_dtype):
             assert spills == 0
             assert wide_loads > 0 or kernel == 3  # the small launch in the middle

@@ -3,16 +3,11 @@
 At the end: it and kernels/augment.py compile for Hopper, as the CIFAR network needs them, with wide loads.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import triton
 import triton.language as tl
+from hopper import printed_by
 
 from kernels import norm_act as module
 from kernels.augment import activated, activated_slope, activation
@@ -179,7 +174,6 @@ def test_the_sizes_of_the_network(shape, pool):
     assert max(errors(run(norm_act, torch.float16, *given, pool=pool, act="gelu"), truth)) < 2e-3
 
 
-# In a process of its own: the interpreter, which the other tests run in, is chosen when triton is imported.
 PROGRAM = """
 import json, re, triton
 from triton.backends.compiler import GPUTarget
@@ -220,11 +214,7 @@ print(json.dumps(found))
 
 
 def test_the_kernels_compile_for_hopper():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=Path(__file__).resolve().parent.parent, text=True,
-                          capture_output=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = printed_by(PROGRAM)
     assert len(found) == 10 and not any(each["spilled"] for each in found.values())
     for name in ("activate", "at once", "sums", "pool True", "pool False", "slopes True", "slopes False"):
         assert found[name]["wide"] > 0, name  # 16 bytes a thread

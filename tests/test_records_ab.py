@@ -24,10 +24,8 @@ from records.runs import read_experiment
 from records.schedule import Ledger, schedule
 from records.verify import verify
 
-# A script that "trains" in no time. It ends with status 9 unless the ledger was written before it started, and notes
-# what it could see. FACTOR is what the tests of revisions change.
-RACE = '''
-import json, math, os, random, sys, time
+# How the scripts below begin; each adds fields to Settings.
+SETTINGS = '''
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from records import environment
@@ -35,7 +33,6 @@ environment.hardware = lambda device=None: {"accelerator": None, "accelerator_co
 environment.versions = lambda: {"python": "3", "torch": "2", "triton": None, "cuda": None, "numpy": "2"}
 from records.log import Record
 from records.settings import option, parse
-FACTOR = 1.0
 
 @dataclass
 class Settings:
@@ -44,6 +41,14 @@ class Settings:
     target: float | None = option(None, "target")
     records: str = option("records", "folder")
     seed: int = option(0, "seed")
+'''
+
+# A script that "trains" in no time. It ends with status 9 unless the ledger was written before it started, and notes
+# what it could see. FACTOR is what the tests of revisions change.
+RACE = '''
+import json, math, os, random, sys, time
+FACTOR = 1.0
+''' + SETTINGS + '''
     steps: int = option(4, "steps")
     shift: float = option(0.0, "added to the loss")
     nap: float = option(0.0, "seconds a step")

@@ -3,7 +3,7 @@ import json
 from collections import Counter
 
 import pytest
-from test_records_ab import git, repository, statuses  # noqa: F401
+from test_records_ab import SETTINGS, git, repository, statuses  # noqa: F401
 from test_records_ab import run as ab_run
 
 from records.__main__ import main
@@ -18,27 +18,13 @@ from records.verify import verify
 # Makes runs in no time. Of the seed `bad` a run fails; in that of the seed `killed` the process dies, the first time.
 MANY = '''
 import os, random, signal, sys
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from records import environment
-environment.hardware = lambda device=None: {"accelerator": None, "accelerator_count": 0, "cpu": "none", "cpu_count": 1}
-environment.versions = lambda: {"python": "3", "torch": "2", "triton": None, "cuda": None, "numpy": "2"}
-from records.log import Record
-from records.series import Series
-from records.settings import option, parse
-
-@dataclass
-class Settings:
-    track: str = option("race", "track")
-    name: str = option("run", "name")
-    target: float | None = option(None, "target")
-    records: str = option("records", "folder")
-    seed: int = option(0, "seed")
+''' + SETTINGS + '''
     runs: int = option(1, "runs")
     shift: float = option(0.0, "added to the loss")
     bad: int = option(-1, "fails with this seed")
     killed: int = option(-1, "dies with this seed")
 
+from records.series import Series
 s = parse(Settings, sys.argv[1:], presets={"record": {}}, program="many.py", description="", default_preset="record")
 Record._draw = lambda record: None
 here = Path(__file__).resolve().parent
