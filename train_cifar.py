@@ -40,7 +40,7 @@ from data.views import training_table, view_table
 from kernels.augment import MEAN, STD, whiten, whiten_eager
 from kernels.graph import captured
 from kernels.norm_act import norm_act, norm_act_eager
-from optim import OPTIMIZERS, Adam, NonFiniteError, get_optimizer, route, route_table
+from optim import OPTIMIZERS, POLARS, Adam, NonFiniteError, get_optimizer, route, route_table
 from optim.parts import milliseconds, part, stopwatch
 from records.log import Record, RecordError, end_on_signal
 from records.series import Series
@@ -86,6 +86,7 @@ class Settings:
     cutout: int = option(0, "side of a square of each training image that is blanked, in pixels", least=0, most=31)
     label_smoothing: float = option(0.2, "share of a label that goes to all classes alike", least=0, most=1)
     optimizer: str = option("turbo-muon", "for the filters", choices=tuple(OPTIMIZERS))
+    polar: str | None = option(None, "how it orthogonalises; none: in the optimizer's own way", choices=tuple(POLARS))
     lr: float = option(0.24, "of the filters", least=0)
     momentum: float = option(0.6, "of the filters", least=0, most=0.9999)
     rest: str = option("sgd", "optimizer of biases and head: Nesterov momentum, or Adam", choices=("sgd", "adam"))
@@ -108,6 +109,8 @@ class Settings:
         check(self)
         if self.batch_size > self.train_images:
             raise SettingsError(f"--batch-size {self.batch_size} is more than --train-images {self.train_images}")
+        if self.polar and self.optimizer == "adamw":
+            raise SettingsError(f"--polar {self.polar} needs an --optimizer that leaves the filters to Muon, not adamw")
         if self.source == "synthetic" and self.track in ("cifar10-94", "cifar10-96"):
             raise SettingsError(f"--track {self.track} is for CIFAR-10 itself: --source synthetic needs another, such "
                                 "as --track cifar10-local")
@@ -334,7 +337,8 @@ class Trainer:
         """A new optimizer for the filters and one for the rest; groups say how their learning rate moves."""
         s, routed = self.s, route(self.net)
         filters = {kind: members if kind == "matrix" else [] for kind, members in routed.items()}
-        self.matrices = get_optimizer(s.optimizer, filters, lr=s.lr, engine=s.engine, momentum=s.momentum)
+        options = {"polar": s.polar} if s.polar else {}  # recipes have their own
+        self.matrices = get_optimizer(s.optimizer, filters, lr=s.lr, engine=s.engine, momentum=s.momentum, **options)
         norms = [(name, p) for name, p in routed["scalar"] if name != "whitening_bias"]
         groups = [dict(params=[("whitening_bias", self.net.whitening_bias)], lr=s.bias_lr, scale=whiten_lr_scale),
                   dict(params=norms, lr=s.bias_lr), dict(params=routed["head"], lr=s.head_lr)]

@@ -33,7 +33,7 @@ from data import fineweb, local_text, shards
 from data.shards import DataError, TrainLoader, document_token, validation_batches
 from kernels import why_not
 from kernels.cross_entropy import MOST_SCALE, softcapped_cross_entropy
-from optim import OPTIMIZERS, NonFiniteError, budgets, get_optimizer, route, route_table
+from optim import OPTIMIZERS, POLARS, NonFiniteError, budgets, get_optimizer, route, route_table
 from optim.parts import part
 from optim.probe import probe
 from records.log import Record, RecordError, end_on_signal
@@ -103,7 +103,8 @@ class Settings:
                                 "batch_tokens")
     batch_lr_power: float = option(0.5, "learning rates fall with smaller batches, to this power of the size", least=0)
     device_batch_tokens: int = option(65536, "tokens at once on a GPU; lower it if memory runs out", least=1)
-    optimizer: str = option("turbo-muon", "for the matrices; Adam takes the rest", choices=tuple(OPTIMIZERS))
+    optimizer: str = option("turbo-muon-5", "for the matrices; Adam takes the rest", choices=tuple(OPTIMIZERS))
+    polar: str | None = option(None, "how it orthogonalises; none: in the optimizer's own way", choices=tuple(POLARS))
     engine: str = option("auto", "orthogonalise with the fused kernels (auto: where they run) or in plain torch",
                          choices=("auto", "fused", "eager"))
     lr: float = option(0.05, "of the matrices", least=0)
@@ -146,9 +147,9 @@ class Settings:
                                 f"{self.heads}")
         if self.blocks("mlp_blocks") & self.blocks("paired_blocks"):
             raise SettingsError(f"--mlp-blocks {self.mlp_blocks}: some are among --paired-blocks {self.paired_blocks}")
-        if self.optimizer == "adamw" and (self.cautious or self.row_normalize or self.adam_every > 1):
-            raise SettingsError("--cautious, --row-normalize and --adam-every need an --optimizer that leaves the "
-                                "matrices to Muon, not adamw")
+        if self.optimizer == "adamw" and (self.polar or self.cautious or self.row_normalize or self.adam_every > 1):
+            raise SettingsError("--polar, --cautious, --row-normalize and --adam-every need an --optimizer that leaves "
+                                "the matrices to Muon, not adamw")
         cap, weights = self.numbers("logit_cap"), self.numbers("prediction_weights")
         if len(cap) != 3 or not 0 < cap[0] <= MOST_SCALE or not cap[2] > 0:
             raise SettingsError(f"--logit-cap {self.logit_cap} must be three numbers A,B,C with 0 < A <= "
@@ -670,7 +671,8 @@ def routed(s: Settings, model: GPT) -> dict[str, list[tuple[str, nn.Parameter]]]
 
 
 def make_optimizer(s: Settings, model: GPT):
-    options = {name: True for name in ("cautious", "row_normalize") if getattr(s, name)}  # some recipes have their own
+    options = {name: value for name in ("polar", "cautious", "row_normalize")  # recipes may have their own
+               if (value := getattr(s, name))}
     return get_optimizer(s.optimizer, routed(s, model), lr=s.lr, weight_decay=s.weight_decay, momentum=s.momentum,
                          engine=s.engine, embedding_lr=s.embedding_lr, head_lr=s.head_lr, scalar_lr=s.scalar_lr,
                          adam_betas=(s.adam_beta1, 0.95), adam_every=s.adam_every, **options)

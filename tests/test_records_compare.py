@@ -185,6 +185,22 @@ def test_different_amounts_of_work(tmp_path):
     strict(comparison)
 
 
+def test_a_seed_may_lead_its_runs_to_files_of_its_own(tmp_path):
+    def arms(**data):
+        """Arms with a run for each word; its letters are the files that the run of that seed loaded."""
+        place = tmp_path / str(len(list(tmp_path.iterdir())))
+        return {label: [read_run(make_run(place / label / str(seed), falling(3.28), seed=seed, step_s=0.1,
+                                          data={letter: letter for letter in word}))
+                        for seed, word in enumerate(words)] for label, words in data.items()}
+
+    assert compare(arms(A=["x", "y"], B=["x", "y"])).notes == []
+    assert compare(arms(A=["x", "y"], B=["x", "xy"])).notes == ["data that not all runs loaded: x (B)"]
+    changed = arms(A=["x", "y"], B=["x", "y"])
+    changed["B"][0].record["data"]["x"] = "z"
+    assert compare(changed).notes == ["the data differ: x"]
+    assert "data that not all runs loaded: y (A)" in compare(arms(A=["x", "y"], B=["x"])).notes  # other seeds
+
+
 def test_what_else_differs(tmp_path):
     shared = {"lr": 0.1, "betas": [0.9, 0.95], "seed": 1, "name": "x"}
     arms = {"A": arm(tmp_path, "A", LOSSES["A"], config=shared),

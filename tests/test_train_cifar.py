@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import train_cifar
 from data import cifar10
-from optim import OPTIMIZERS, route
+from optim import OPTIMIZERS, get_polar, route
 from records.log import Record, parse_log, unpack_source
 from records.runs import read_experiment, read_run
 from records.settings import SettingsError
@@ -273,6 +273,11 @@ def test_what_cannot_be_captured_is_said_and_gets_a_graph_of_its_gradients(data,
 def test_every_optimizer_of_the_package_takes_the_filters(data, optimizer):
     found = trainer(data, optimizer=optimizer, epochs=0.4, lr=0.01 if optimizer == "adamw" else 0.1).run(0)
     assert len(found.losses) == 3 and all(math.isfinite(loss) for loss in found.losses)
+
+
+def test_another_polar_takes_the_place_of_the_recipe_s(data):
+    assert trainer(data, optimizer="muon2").matrices.optimizers[0].polar == get_polar("muon-3")
+    assert trainer(data, optimizer="muon2", polar="turbo-3").matrices.optimizers[0].polar == get_polar("turbo-3")
 
 
 def test_adam_takes_biases_and_head(data):

@@ -35,6 +35,7 @@ def fails(tmp_path, capsys):
 
 @pytest.mark.parametrize("changes, said", [
     (dict(epoch=3), "unknown option --epoch (nearest: --epochs"), (dict(preset="95"), "unknown preset '95'"),
+    pytest.param(dict(polar="turbo-3", optimizer="adamw"), "--polar turbo-3 needs an --optimizer", id="polar"),
     (dict(optimizer="turbo-moun"), "--optimizer expects one of adamw, muon"),
     (dict(depth=4), "--depth expects one of 2, 3"),
     (dict(views=3), "--views expects one of 1, 2, 6"), (dict(epochs=0), "--epochs 0.0 must be at least"),

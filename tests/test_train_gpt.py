@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import train_gpt
 from data.shards import sha256, write_shard
-from optim import route
+from optim import get_polar, route
 from records.log import Record, parse_log, unpack_source
 from records.settings import SettingsError
 from records.verify import inspect
@@ -123,7 +123,7 @@ def test_a_run_learns_and_leaves_a_complete_record(finished, data):
     first_below = next(point for point in finished["validation"] if point["val_loss"] <= 5.0)
     assert finished["reached"] and finished["time_to_target_s"] == first_below["train_time_s"] > 0
     assert finished["steps"] == 20 and finished["tokens"] == 20 * 1024 and finished["train_time_s"] > 0
-    assert finished["config"]["width"] == 32 and finished["config"]["optimizer"] == "turbo-muon"
+    assert finished["config"]["width"] == 32 and finished["config"]["optimizer"] == "turbo-muon-5"
     assert finished["data"] == {name: sha256(data / name) for name in ("train_000.bin", "val_000.bin")}
     assert {path.name for path in finished["folder"].iterdir()} == {"record.json", "log.txt", "source.txt", "loss.png"}
 
@@ -351,6 +351,8 @@ def test_weight_decay_follows_the_learning_rate_and_the_options_of_muon_arrive()
     _, model = model_of()
     plain = train_gpt.make_optimizer(Settings(optimizer="normuon"), model).param_groups[0]
     assert not plain["cautious"] and plain["row_normalize"]
+    for settings, polar in ((Settings(), "turbo-5"), (Settings(optimizer="muon2", polar="turbo-3"), "turbo-3")):
+        assert train_gpt.make_optimizer(settings, model).optimizers[0].polar == get_polar(polar)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,6 +487,7 @@ def test_processes_that_do_not_divide_the_batch_are_refused():
     (dict(paired_blocks="0", heads=3), "--paired-blocks 0 needs an even number of --heads, not 3"),
     (dict(paired_blocks="0,1", mlp_blocks="1,2"), "--mlp-blocks 1,2: some are among --paired-blocks 0,1"),
     (dict(adam_every=2, optimizer="adamw"), "--adam-every need an --optimizer"),
+    (dict(polar="turbo-5", optimizer="adamw"), "--polar, --cautious"),
     (dict(adam_every=0), "--adam-every 0"), (dict(logit_cap="15"), "--logit-cap 15 must be three numbers A,B,C"),
     (dict(logit_cap="141,0,1"), "--logit-cap 141,0,1"), (dict(logit_cap="30,0,0"), "--logit-cap 30,0,0"),
     (dict(prediction_weights="1,-1"), "--prediction-weights 1,-1 must not be negative"),
