@@ -9,8 +9,8 @@ Result: the wiki preset with Turbo-Muon ends at a validation loss of 3.433 after
 (torch 2.11, mean of n = 3, standard deviation 0.002: records/wiki-3.324, turbo-muon-seed0, 1 and 2 of 2026-11-22_20 and
 _21; its coefficients have changed since). The FineWeb run on 8 GPUs: not yet measured.
 
-One file, one story: settings, schedules, attention, model, training. The same run on 1, 2, 4 or 8 GPUs sees the same
-batches; fewer GPUs accumulate gradients. Ideas from modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt) are
+One file, one story: settings, schedules, attention, model, training, runs. The same run on 1, 2, 4 or 8 GPUs sees the
+same batches; fewer GPUs accumulate gradients. Ideas from modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt) are
 credited where they are used.
 """
 
@@ -788,7 +788,7 @@ def warm_up(s: Settings, model: GPT, loader: TrainLoader, validation, device, wo
 
 def one_run(s: Settings, seed: int, model: GPT, loader: TrainLoader, validation, device: torch.device, world_size: int,
             record: Record, facts: dict) -> tuple[float, float]:
-    """Train from the beginning: (validation loss, seconds). facts: what the process found out before, for the record."""
+    """Train from the beginning: (validation loss, seconds). facts: what the process found out before, for `record`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     reset(model, s, seed)
@@ -839,8 +839,8 @@ def one_run(s: Settings, seed: int, model: GPT, loader: TrainLoader, validation,
 
 
 def train(s: Settings, device: torch.device, rank: int, world_size: int, started: list[Path]) -> None:
-    """All runs, one after the other. They share what no seed has a say in: files and their hashes, the model and what is
-    compiled for it. started: gets the folder of what was measured."""
+    """All runs, one after the other. They share what no seed has a say in: files and their hashes, the model and what
+    is compiled for it. started: gets the folder of what was measured."""
     loader, validation = open_data(s, rank, world_size)
     gpu = None if device.type == "cpu" else "0" if world_size == 1 else "all"
     series = Series(s.records, track=s.track, name=s.name, target=s.target, runs=s.runs, first_seed=s.seed,
@@ -872,12 +872,13 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
                     record.line(f"compiled and warmed up in {time.perf_counter() - began:.1f} s")
                     if s.source == "local" and rank == 0:
                         facts["bigram loss"] = bigram_loss(s)
-                results.append(one_run(s, planned["seed"], model, loader, validation, device, world_size, record, facts))
+                results.append(one_run(s, planned["seed"], model, loader, validation, device, world_size, record,
+                                       facts))
         found = {"runs": len(results)} | dict(zip(("val_loss", "seconds"), map(spread, zip(*results))))
         if series.ledger:
-            (loss, seconds), (mean_loss, mean_seconds) = results[-1], (found[key]["mean"] for key in ("val_loss", "seconds"))
+            (loss, seconds), means = results[-1], [found[key]["mean"] for key in ("val_loss", "seconds")]
             print(f"run {len(results)}/{s.runs} seed {planned['seed']}: {loss:.5f} in {seconds:.3f} s; mean "
-                  f"{mean_loss:.5f} in {mean_seconds:.3f} s", flush=True)
+                  f"{means[0]:.5f} in {means[1]:.3f} s", flush=True)
     series.finish(found)
 
 

@@ -73,7 +73,7 @@ def check_configuration(problems, content, files, notes):
         if not first <= content["seed"] < first + runs:
             problems.add(("seed",), f"seed is {content['seed']}, but the settings seed and runs are {first} and {runs}")
         if runs == 1 and config.get("name") != content["name"]:
-            problems.add(("name",), f"name is {content['name']!a}, but the setting name is {config.get('name')!a}"[:300])
+            problems.add(("name",), f"name is {content['name']!a}, but the setting is {config.get('name')!a}"[:300])
 
 
 def _ascii(error):

@@ -81,7 +81,7 @@ def test_runs_in_one_process_are_those_of_many(data, tmp_path, monkeypatch, caps
         "mean": pytest.approx(sum(values) / 2), "sd": pytest.approx(abs(values[0] - values[1]) / 2**0.5),
         "min": min(values), "max": max(values)}
     assert found["seconds"]["max"] == pytest.approx(max(run["train_time_s"] for run in (first, second)), abs=0.001)
-    assert re.search(rf"^run 2/2 seed 1: {values[1]:.5f} in \S+ s; mean {sum(values) / 2:.5f} in ", stdout, re.MULTILINE)
+    assert re.search(rf"^run 2/2 seed 1: {values[1]:.5f} in \S+ s; mean {sum(values) / 2:.5f} in ", stdout, re.M)
     shown = re.findall(r"^record +(\S+)", stdout, re.MULTILINE)  # where they lie now, not where they were written
     assert shown == [str(folder / entry["folder"]) for entry in ledger["runs"]]
 
@@ -125,7 +125,8 @@ def test_a_run_that_fails_is_in_the_ledger_and_ends_the_series(data, tmp_path, m
 def test_each_run_can_be_profiled(data, tmp_path, monkeypatch):  # noqa: F811
     changes = dict(steps=2, val_every=2, tied=0.5, adam_every=2, seed=5)
     folder, ledger, records = series(data, tmp_path / "two", monkeypatch, runs=2, profile=True, **changes)
-    assert all((folder / entry["folder"] / "profile.png").is_file() for entry in ledger["runs"]) and verify(folder) == []
+    assert all((folder / entry["folder"] / "profile.png").is_file() for entry in ledger["runs"])
+    assert verify(folder) == []
     assert losses(records[1]) == losses(train(data, tmp_path / "alone", **changes | dict(seed=6)))
 
 
