@@ -24,7 +24,7 @@ import math
 import os
 import statistics
 import sys
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from kernels.norm_act import norm_act, norm_act_eager
 from optim import OPTIMIZERS, POLARS, Adam, NonFiniteError, get_optimizer, route, route_table
 from optim.parts import milliseconds, part, stopwatch
 from records.log import Record, RecordError, end_on_signal
-from records.series import Series
+from records.series import Series, failures_in, spread
 from records.settings import SettingsError, check, option, parse
 from records.tracks import metric_of
 
@@ -516,12 +516,8 @@ def one_run(trainer: Trainer, s: Settings, seed: int, root, name: str, facts: di
     record.data(facts["data"])
     record.line(route_table(route(trainer.net)))
     record.line(f"seed {seed} on {trainer.device.type}, CUDA graph: {trainer.graph}")
-    try:
+    with failures_in(record, partial(explain, s=s)):
         result = trainer.run(seed, record.progress)
-    except Exception as error:
-        with suppress(RecordError):  # a full disk may be what ended the run
-            record.fail("failed", explain(error, s) or f"{type(error).__name__}: {error}")
-        raise
     value = result.accuracy if metric_of(s.track) == "accuracy" else result.test_loss
     record.validation(s.steps, value, result.seconds, s.steps * s.batch_size)
     record.line(table(summarise([result], facts)))
@@ -530,8 +526,6 @@ def one_run(trainer: Trainer, s: Settings, seed: int, root, name: str, facts: di
              "first losses": [round(loss, 5) for loss in result.losses[:10]],
              "phases_s": {name: round(seconds, 4) for name, seconds in result.phases.items()},
              "step_parts_ms": facts["step_parts_ms"], "start_s": {"to the first run": round(facts["start_s"], 1)}}
-    if s.runs > 1:
-        record._draw = lambda: None  # a curve of one point, hundreds of times
     record.finish(peak_memory_bytes=peak, extra=extra)
     return result
 
@@ -540,9 +534,7 @@ def summarise(results: list[Result], facts: dict) -> dict:
     """Accuracy, time and where it went, of one run or many."""
     found = {"runs": len(results), **{key: facts[key] for key in ("start_s", "step_parts_ms")}}
     for key in ("accuracy", "seconds"):
-        values = [getattr(result, key) for result in results]
-        sd = statistics.stdev(values) if len(values) > 1 else None
-        found[key] = {"mean": statistics.fmean(values), "sd": sd, "min": min(values), "max": max(values)}
+        found[key] = spread([getattr(result, key) for result in results])
     phases = {name: statistics.fmean(result.phases[name] for result in results) for name in results[0].phases}
     return found | {"phases_s": phases}
 
@@ -572,7 +564,6 @@ def train(s: Settings) -> None:
         return
     series = Series(s.records, track=s.track, name=s.name, target=s.target, runs=s.runs, first_seed=s.seed,
                     script=Path(__file__), repository=REPOSITORY, gpu="0" if device.type == "cuda" else None)
-    print(f"{s.runs} runs, each with a record in {series.ledger.folder}", flush=True)
     results = []
     for planned in series.schedule:
         with series.run(planned) as (place, name), redirect_stdout(io.StringIO()):

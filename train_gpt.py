@@ -9,8 +9,8 @@ Result: the wiki preset with Turbo-Muon ends at a validation loss of 3.433 after
 (torch 2.11, mean of n = 3, standard deviation 0.002: records/wiki-3.324, turbo-muon-seed0, 1 and 2 of 2026-11-22_20 and
 _21; its coefficients have changed since). The FineWeb run on 8 GPUs: not yet measured.
 
-One file, one story: settings, schedules, attention, model, training. The same run on 1, 2, 4 or 8 GPUs sees the same
-batches; fewer GPUs accumulate gradients. Ideas from modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt) are
+One file, one story: settings, schedules, attention, model, training, runs. The same run on 1, 2, 4 or 8 GPUs sees the
+same batches; fewer GPUs accumulate gradients. Ideas from modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt) are
 credited where they are used.
 """
 
@@ -21,6 +21,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ from optim.parts import part
 from optim.probe import probe
 from records.log import Record, RecordError, end_on_signal
 from records.profile import model_flops, profile_step, report
+from records.series import Series, failures_in, spread
 from records.settings import SettingsError, check, option, parse
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -55,7 +57,8 @@ class Settings:
     name: str = option("gpt", "what to call this run: letters, digits, '.', '_', '-'")
     target: float | None = option(3.28, "validation loss to reach, nats per token", least=0)
     records: str = option("records", "folder in which the record is written")
-    seed: int = option(0, "seed of the initial weights and of the order of the data", least=0)
+    seed: int = option(0, "seed of initial weights and order of the data; further runs take the next ones", least=0)
+    runs: int = option(1, "runs in this process; more than one make an experiment with a ledger", least=1, most=10000)
     device: str = option("auto", "auto takes a GPU if there is one", choices=("auto", "cuda", "cpu"))
     dtype: str = option("bfloat16", "of activations; weights stay float32", choices=("bfloat16", "float32"))
     compile: bool = option(True, "torch.compile")
@@ -753,9 +756,24 @@ def requests(s: Settings, world_size: int):
         first += sequences
 
 
+def new_model(s: Settings, seed: int, device: torch.device) -> GPT:
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return GPT(s)
+
+
+@torch.no_grad()
+def reset(model: GPT, s: Settings, seed: int) -> None:
+    """Everything in the model as in a new one of this seed, in place: what is compiled for it stays of use."""
+    new = new_model(s, seed, model.head.weight.device)
+    for mine, its in zip((*model.parameters(), *model.buffers()), (*new.parameters(), *new.buffers()), strict=True):
+        mine.copy_(its)
+    model.zero_grad()  # Adam with --adam-every may have left some
+    model.tied = new.tied
+
+
 def warm_up(s: Settings, model: GPT, loader: TrainLoader, validation, device, world_size: int) -> None:
-    """Compile and load everything the run will need, on weights that are put back exactly afterwards."""
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    """Compile and load everything the runs will need. They `reset` the weights that this changes."""
     optimizer = make_optimizer(s, model)
     sequences = batch_at(0, s) // s.sequence_length
     passes = sequences // world_size // s.sequences_at_once("batch_tokens", world_size)
@@ -766,37 +784,14 @@ def warm_up(s: Settings, model: GPT, loader: TrainLoader, validation, device, wo
         batches = (loader.batch(0, sequences, part, passes) for part in range(passes))
         train_step(model, optimizer, batches, passes, windows, weights, device)
         validate(model, validation[:1], windows, device, world_size)
-    model.load_state_dict(before)
-    model.zero_grad()  # what Adam with --adam-every has left
-    model.tied = s.tied > 0
 
 
-def train(s: Settings, device: torch.device, rank: int, world_size: int, started: list[Record]) -> None:
-    at_once = s.sequences_at_once("batch_tokens", world_size)
-    pass_tokens = at_once * s.sequence_length * world_size
-    loader, validation = open_data(s, rank, world_size)
-    record = Record(s.records, track=s.track, name=s.name, target=s.target, steps=s.steps, seed=s.seed,
-                    config=asdict(s), script=Path(__file__), repository=REPOSITORY, device=str(device),
-                    enabled=rank == 0, wandb=s.wandb)
-    started.append(record)
-    if rank == 0:
-        files = loader.files_used + shards.shard_paths(s.data, "val")
-        record.data({path.name: shards.sha256(path) for path in files})
-
-    torch.manual_seed(s.seed)
-    with torch.device(device):
-        model = GPT(s)
-    record.line(route_table(routed(s, model)))
-    passes = [size // pass_tokens for size in s.batch_sizes()]
-    record.line(f"seed {s.seed}, {world_size} process{'es' * (world_size > 1)} on {device.type}, "
-                f"{', '.join(map(str, passes))} pass{'es' * (max(passes) > 1)} of {pass_tokens // world_size} tokens a "
-                "step")
-    if s.compile:
-        model.compile_parts()
-    began = time.perf_counter()
-    warm_up(s, model, loader, validation, device, world_size)
-    record.line(f"compiled and warmed up in {time.perf_counter() - began:.1f} s")
-
+def one_run(s: Settings, seed: int, model: GPT, loader: TrainLoader, validation, device: torch.device, world_size: int,
+            record: Record, facts: dict) -> tuple[float, float]:
+    """Train from the beginning: (validation loss, seconds). facts: what the process found out before, for `record`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    reset(model, s, seed)
     optimizer = make_optimizer(s, model)
     for group in optimizer.param_groups:
         group |= {"initial_lr": group["lr"], "initial_weight_decay": group["weight_decay"]}
@@ -804,6 +799,7 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
         budget.say = record.line
     probes: dict[str, dict] = {}
     batches = loader.prefetch(requests(s, world_size), pin=device.type == "cuda")
+    pass_tokens = s.sequences_at_once("batch_tokens", world_size) * s.sequence_length * world_size
     weights = [torch.tensor(prediction_weights_at(step, s), device=device) for step in range(s.steps)]
     clock = Clock(device)
     clock.start()
@@ -830,17 +826,68 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
         train_step(model, optimizer, batches, batch_at(step, s) // pass_tokens, windows, weights[step], device)
         record.progress(step + 1, clock.running())
 
-    extra = {"optimizer": s.optimizer} | {"amo": budget.commitment for budget in budgets(optimizer)}
+    extra = {"optimizer": s.optimizer} | {"amo": budget.commitment for budget in budgets(optimizer)} | facts
     if s.probe:
         extra["probe"] = probes
-    if s.source == "local" and rank == 0:
-        extra["bigram loss"] = bigram_loss(s)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     if s.profile:
         table, extra["profile"] = report(profile_stages(s, model, optimizer, loader, device, world_size),
                                          torch.cuda.get_device_name(device) if device.type == "cuda" else None)
         record.line(table)
     record.finish(peak_memory_bytes=peak, extra=extra)
+    return loss, seconds
+
+
+def train(s: Settings, device: torch.device, rank: int, world_size: int, started: list[Path]) -> None:
+    """All runs, one after the other. They share what no seed has a say in: files and their hashes, the model and what
+    is compiled for it. started: gets the folder of what was measured."""
+    loader, validation = open_data(s, rank, world_size)
+    gpu = None if device.type == "cpu" else "0" if world_size == 1 else "all"
+    series = Series(s.records, track=s.track, name=s.name, target=s.target, runs=s.runs, first_seed=s.seed,
+                    script=Path(__file__), repository=REPOSITORY, gpu=gpu, processes=world_size, enabled=rank == 0)
+    model, hashes, facts, results = None, {}, {}, []
+    for planned in series.schedule:
+        with series.run(planned) as (root, name):
+            record = Record(root, track=s.track, name=name, target=s.target, steps=s.steps, seed=planned["seed"],
+                            config=asdict(s), script=Path(__file__), repository=REPOSITORY, device=str(device),
+                            enabled=rank == 0, wandb=s.wandb)
+            started.append(series.ledger.folder if series.ledger else record.folder)
+            with failures_in(record, partial(explain, s=s)):
+                loader = loader.with_seed(planned["seed"])
+                loader.require(tokens_before(s.steps, s) // s.sequence_length)
+                if rank == 0:
+                    files = loader.files_used + shards.shard_paths(s.data, "val")
+                    hashes |= {path: shards.sha256(path) for path in files if path not in hashes}
+                    record.data({path.name: hashes[path] for path in files})
+                first = model is None
+                if first:
+                    model = new_model(s, planned["seed"], device)
+                record.line(route_table(routed(s, model)))
+                record.line(f"seed {planned['seed']}, {in_passes(s, device, world_size)}")
+                if first:
+                    began = time.perf_counter()
+                    if s.compile:
+                        model.compile_parts()
+                    warm_up(s, model, loader, validation, device, world_size)
+                    record.line(f"compiled and warmed up in {time.perf_counter() - began:.1f} s")
+                    if s.source == "local" and rank == 0:
+                        facts["bigram loss"] = bigram_loss(s)
+                results.append(one_run(s, planned["seed"], model, loader, validation, device, world_size, record,
+                                       facts))
+        found = {"runs": len(results)} | dict(zip(("val_loss", "seconds"), map(spread, zip(*results))))
+        if series.ledger:
+            (loss, seconds), means = results[-1], [found[key]["mean"] for key in ("val_loss", "seconds")]
+            print(f"run {len(results)}/{s.runs} seed {planned['seed']}: {loss:.5f} in {seconds:.3f} s; mean "
+                  f"{means[0]:.5f} in {means[1]:.3f} s", flush=True)
+    series.finish(found)
+
+
+def in_passes(s: Settings, device: torch.device, world_size: int) -> str:
+    """What a step is cut into, in words."""
+    at_once = s.sequences_at_once("batch_tokens", world_size) * s.sequence_length
+    passes = [size // (at_once * world_size) for size in s.batch_sizes()]
+    return (f"{world_size} process{'es' * (world_size > 1)} on {device.type}, {', '.join(map(str, passes))} "
+            f"pass{'es' * (max(passes) > 1)} of {at_once} tokens a step")
 
 
 def bigram_loss(s: Settings) -> float:
@@ -850,13 +897,19 @@ def bigram_loss(s: Settings) -> float:
     return local_text.bigram_loss(text, val, s.vocab_size)
 
 
+def explain(error: Exception, s: Settings) -> str | None:
+    """What a user can do about `error`; None for a mistake of ours, whose traceback is for whoever mends it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of GPU memory: lower --device-batch-tokens (now {s.device_batch_tokens})"
+    return str(error) if isinstance(error, (DataError, SettingsError, RecordError, NonFiniteError)) else None
+
+
 def main(argv: list[str] | None = None) -> None:
     s = parse(Settings, sys.argv[1:] if argv is None else argv, presets=PRESETS, program="train_gpt.py",
               description=__doc__.split("\n")[0], default_preset="record" if torch.cuda.is_available() else "local")
-    started: list[Record] = []  # the record, once there is one
+    started: list[Path] = []  # the folder of what was measured, once there is one
     rank = int(os.environ.get("RANK", "0"))
-    speaks = rank == 0  # the others meet the same errors
-    end_on_signal((lambda: f"interrupted; what was measured so far: {started[0].folder if started else 'nothing'}")
+    end_on_signal((lambda: f"interrupted; what was measured so far: {started[0] if started else 'nothing'}")
                   if rank == 0 else None)
     try:
         device = pick_device(s)
@@ -865,27 +918,17 @@ def main(argv: list[str] | None = None) -> None:
         with process_group(device) as (rank, world_size):
             train(s, device, rank, world_size, started)
         return
-    except torch.OutOfMemoryError:
-        message = f"out of GPU memory: lower --device-batch-tokens (now {s.device_batch_tokens})"
-        speaks = True  # it may be this process alone
-    except (DataError, SettingsError, RecordError, NonFiniteError) as error:
-        message = str(error)
-    except Exception as error:  # a mistake of ours: the record keeps it, and the traceback is for whoever mends it
-        fail(started, f"{type(error).__name__}: {error}")
-        raise
-    fail(started, message)
+    except Exception as error:
+        message = explain(error, s)
+        if message is None:
+            raise
+        speaks = rank == 0 or isinstance(error, torch.OutOfMemoryError)  # the others meet all but this one, too
     if speaks:
         print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         time.sleep(0 if rank == 0 else 3)  # torchrun ends all ranks when the first one ends: let rank 0 speak
         os._exit(1)  # the usual way out may wait for ranks that are still in a collective
     sys.exit(1)
-
-
-def fail(started: list[Record], message: str) -> None:
-    if started:
-        with suppress(RecordError):  # a full disk may be what ended the run
-            started[0].fail("failed", message)
 
 
 if __name__ == "__main__":

@@ -224,12 +224,21 @@ class TrainLoader:
         self._paths = sorted(paths, key=lambda path: int(random_keys(seed, path.name, 1)[0]))
         self._shards: list[tuple[np.ndarray, np.ndarray]] = []  # tokens, permuted starts; in visiting order
         self._ends: list[int] = []  # number of sequences up to and including each opened shard
+        self._read: dict[Path, tuple[np.ndarray, np.ndarray]] = {}  # tokens, starts in file order; for every seed
         self._lock = threading.Lock()  # batch() may run in the prefetching thread and in the caller's
 
     @property
     def files_used(self) -> list[Path]:
         """The shards opened so far, in visiting order."""
         return self._paths[:len(self._shards)]
+
+    def with_seed(self, seed: int) -> TrainLoader:
+        """The list of another seed. Shards that have been opened and checked are not read again."""
+        other = TrainLoader(self.folder, seed=seed, sequence_length=self.sequence_length, rank=self.rank,
+                            max_document=self.max_document, vocab_size=self.vocab_size, world_size=self.world_size,
+                            hint=self.hint)
+        other._read = self._read
+        return other
 
     def batch(self, first: int, count: int, part: int = 0, parts: int = 1) -> Batch:
         """This rank's slice of the global sequences first … first + count - 1.
@@ -313,17 +322,22 @@ class TrainLoader:
                 if len(self._shards) == len(self._paths):
                     return False
                 path = self._paths[len(self._shards)]
-                tokens = open_shard(path, self.vocab_size, hint=self.hint)
-                document = document_token(self.vocab_size)
-                starts = sequence_starts(tokens, document, self.sequence_length)
-                if not starts.size and not (tokens == document).any():
-                    raise DataError(f"{path}: no document start: the document token {document} of a vocabulary of "
-                                    f"{self.vocab_size} does not occur; made with another tokenizer? "
-                                    f"If not, delete it and run: {self.hint}")
+                if path not in self._read:
+                    self._read[path] = self._open(path)
+                tokens, starts = self._read[path]
                 order = np.argsort(random_keys(self.seed, path.name, starts.size), kind="stable")
                 self._shards.append((tokens, starts[order]))
                 self._ends.append((self._ends[-1] if self._ends else 0) + starts.size)
             return True
+
+    def _open(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        tokens, document = open_shard(path, self.vocab_size, hint=self.hint), document_token(self.vocab_size)
+        starts = sequence_starts(tokens, document, self.sequence_length)
+        if not starts.size and not (tokens == document).any():
+            raise DataError(f"{path}: no document start: the document token {document} of a vocabulary of "
+                            f"{self.vocab_size} does not occur; made with another tokenizer? "
+                            f"If not, delete it and run: {self.hint}")
+        return tokens, starts
 
     def _shortage(self, needed: int) -> DataError:
         shards, tokens = len(self._shards), sum(tokens.size for tokens, _ in self._shards)

@@ -5,9 +5,10 @@
     python -m records ab --grid optimizer=muon,turbo-muon lr=0.03,0.05 --runs 4 -- --preset local
     python -m records ab --resume records/wiki-3.324/2026-11-22_190535_muon-vs-turbo-muon
 
-A script that makes many runs in a process (--runs, as train_cifar.py) starts once for every block of them, and arms
-take turns block by block; every run still has a seed and a record of its own:
+A script that makes many runs in a process (--runs, as train_gpt.py and train_cifar.py) starts once for every block of
+them, and arms take turns block by block; every run still has a seed and a record of its own:
     python -m records ab --a "train_cifar.py --optimizer muon" --b "train_cifar.py" --runs 50 --block 10
+    python -m records ab --a "train_gpt.py" --b "train_gpt.py --lr 0.06" --runs 8 --block 4 -- --preset wiki --steps 300
 
 What follows -- are options of every arm. Without any options: muon against turbo-muon on the local text, three short
 runs each, a few minutes on two CPU cores. The folder of the experiment holds the ledger (records.schedule), the

@@ -68,6 +68,12 @@ def check_configuration(problems, content, files, notes):
         setting = recorded.get(argument)
         if setting in config and not _equal(config[setting], content[key]):
             problems.add((key,), f"{key} is {content[key]!a}, but the setting {setting} is {config[setting]!a}"[:300])
+    first, runs = config.get("seed"), config.get("runs")    # a process that makes several runs counts on from its seed
+    if type(first) is type(runs) is int:
+        if not first <= content["seed"] < first + runs:
+            problems.add(("seed",), f"seed is {content['seed']}, but the settings seed and runs are {first} and {runs}")
+        if runs == 1 and config.get("name") != content["name"]:
+            problems.add(("name",), f"name is {content['name']!a}, but the setting is {config.get('name')!a}"[:300])
 
 
 def _ascii(error):

@@ -4,6 +4,7 @@ import platform
 import re
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def hardware(device=None):
     }
 
 
+@cache      # of a process: one that makes many runs asks once
 def _driver():
     lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return lines.split()[0] if lines and lines.split() else None

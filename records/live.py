@@ -5,6 +5,7 @@ import shutil
 import statistics
 import sys
 import time
+from contextlib import suppress
 
 from records.runs import read_run
 
@@ -69,15 +70,15 @@ class Display:
         return self._read[entry["folder"]]
 
     def _progress(self, entries, seconds):
-        step, place = "starting", self._ledger.place(entries[0])
-        for log in place.glob("*/*/log.txt"):
-            with open(log, "rb") as file:
+        place, step = self._ledger.place(entries[0]), None
+        done = len(list(place.glob("*/*/runs/*/record.json")))      # of a process that makes several
+        for log in place.glob("*/*/running/*/*/*/log.txt" if len(entries) > 1 else "*/*/log.txt"):
+            with suppress(FileNotFoundError), open(log, "rb") as file:      # its run may have just ended
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 1000))
                 found = STEP.findall(file.read())
-            step = found[-1].decode(errors="replace") if found else step
-        done = len(list(place.glob("*/*/runs/*/record.json")))      # of a process that makes several
-        step = f"{done} of {len(entries)} runs" if done else step
-        return f"> {entries[0]['arm']} {seeds(entries)}, {seconds:.0f} s: {step}"
+                step = found[-1].decode(errors="replace") if found else step
+        known = [f"{done} of {len(entries)} runs"] * (done > 0) + [step] * (step is not None)
+        return f"> {entries[0]['arm']} {seeds(entries)}, {seconds:.0f} s: {', '.join(known) or 'starting'}"
 
     def _clear(self):
         if self._height:

@@ -3,7 +3,8 @@
     record.json   what the run was and what it reached; replaced as a whole at every validation
     log.txt       a block of `key: JSON` lines that describe the run, a line of =, then every line as printed
     source.txt    the code that ran, byte for byte (see records.source)
-    loss.png      the loss curve, drawn at the end; profile.png where steps were profiled
+    loss.png      the loss curve, drawn at the end; profile.png where steps were profiled. A run of an experiment has no
+                  loss.png: the experiment has one of all runs
 
 The status on disk is "interrupted" until finish() or fail() replaces it, so that a killed run leaves a true record.
 record.json then also has the SHA-256 of log.txt; `python -m records verify` holds the three files against each other.
@@ -19,7 +20,7 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-from records import environment, wandb_log
+from records import environment, plot, wandb_log
 from records.files import RecordError, write_whole, writing
 from records.signals import end_on_signal
 from records.source import local_source, pack_source, sha256, unpack_source
@@ -68,7 +69,7 @@ class Record:
                 raise RecordError(f"the {key} {value!r} cannot name a folder: expected letters, digits, '.', '_' "
                                   f"and '-', a letter or digit first; choose another with --{key}")
         self._repository, self._script = Path(repository), Path(script)
-        self._metric = metric_of(track)
+        self._metric, self._experiment = metric_of(track), experiment_of(Path(root))
         self._scrub = environment.Scrubber(self._repository)
         self._sources = local_source(self._repository, self._script)
         self._terminal, self._redrawing = sys.stdout.isatty(), False
@@ -166,7 +167,7 @@ class Record:
 
     def finish(self, *, peak_memory_bytes=None, extra={}):
         """End the record: status "complete" (or "failed" after a validation loss that is not finite), the summary
-        printed, loss.png and, of a profile in `extra`, profile.png drawn.
+        printed, loss.png (but of a run of an experiment) and, of a profile in `extra`, profile.png drawn.
 
         peak_memory_bytes: int or None.  extra: dict of further results, shown in the summary.
         Returns the summary (str), empty when not enabled.
@@ -233,9 +234,9 @@ class Record:
 
     def _draw(self):
         try:
-            from records.plot import loss_curve, step_bars
-            loss_curve(self.folder)
-            step_bars(self.folder)
+            if self._experiment is None:
+                plot.loss_curve(self.folder)
+            plot.step_bars(self.folder)
         except ImportError as error:
             self.line(f"loss.png was not drawn ({error}); once matplotlib is installed: "
                       f"python -m records.plot {self._place()}")
@@ -267,8 +268,8 @@ class Record:
         return f"train_time:{milliseconds}ms step_avg:{milliseconds / max(self._content['steps'], 1):.2f}ms"
 
     def _place(self):
-        """The folder as the user would type it here."""
-        folder = self.folder.absolute()
+        """The folder as the user would type it here; of a run of an experiment the one it will have there."""
+        folder = (self._experiment or self.folder).absolute()
         return str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else str(folder)
 
 
@@ -310,6 +311,14 @@ def not_finite(metric, value, step):
 def record_bytes(content):
     """content: dict.  Returns the bytes of its record.json."""
     return json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def experiment_of(root):
+    """root: the folder of all records (Path).  Returns the Path that a run which leaves its record there has in the end
+    in the experiment that made the folder for it (records.schedule), None where none did."""
+    running = root.parent
+    known = running.name == "running" and (running.parent / "experiment.json").is_file()
+    return running.parent / "runs" / root.name if known else None
 
 
 def new_folder(parent, name):

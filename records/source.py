@@ -5,6 +5,7 @@ newline. The byte count rules, so a part may hold text that looks like a header.
 """
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path, PurePosixPath
 
@@ -25,14 +26,29 @@ def local_source(repository, script):
     """
     files = [Path(script)] + [repository / name for name in ALWAYS]
     # From __dict__, because asking a lazy module for an attribute may import it.
-    files += [Path(name) for name in (getattr(module, "__dict__", {}).get("__file__") for module in
-                                      list(sys.modules.values())) if isinstance(name, str)]
+    names = {getattr(module, "__dict__", {}).get("__file__") for module in list(sys.modules.values())}
+    files += map(Path, _inside(repository, [name for name in names if isinstance(name, str)]))
     found = {}
     for file in files:
         relative = relative_to(file, repository)
         if relative is not None and file.is_file() and not _in_environment(relative, repository):
             found[relative.as_posix()] = file.read_bytes()
     return dict(sorted(found.items()))
+
+
+def _inside(folder, names):
+    """Those of the files `names` (list of str) that lie in `folder` (Path) before or after following links. A process
+    has thousands of modules: links in their folders are followed once for each folder."""
+    within = tuple(os.path.join(path, "") for path in (os.path.abspath(folder), os.path.realpath(folder)))
+    real = {}       # folder of a file as it is named -> without links
+    for name in names:
+        place, file = os.path.split(os.path.abspath(name))
+        if place not in real:
+            real[place] = os.path.realpath(place)
+        path = os.path.join(real[place], file)
+        if os.path.join(place, file).startswith(within) or path.startswith(within) \
+                or os.path.islink(path) and os.path.realpath(path).startswith(within):
+            yield name
 
 
 def relative_to(file, folder):

@@ -232,6 +232,19 @@ def test_order_depends_on_the_seed_and_on_nothing_else(folder):
     assert len(orders) == 6  # all orders of three shards occur
 
 
+def test_the_list_of_another_seed_reads_no_shard_again(folder, monkeypatch):
+    others = {seed: loader(folder, seed=seed, rank=1, world_size=2) for seed in (8, 9)}
+    batches = {seed: other.batch(2, 40) for seed, other in others.items()}
+    first = loader(folder, rank=1, world_size=2)
+    first.require(340)
+    assert len(first.files_used) == 3
+    monkeypatch.setattr(shards, "open_shard", None)
+    for seed, batch in batches.items():
+        other = first.with_seed(seed)
+        assert equal(other.batch(2, 40), batch) and other.files_used == others[seed].files_used
+    assert not equal(batches[8], batches[9]) and equal(first.with_seed(7).batch(2, 40), first.batch(2, 40))
+
+
 def test_the_order_of_a_seed_is_pinned(tmp_path):
     """Records name a seed: its order must not change with a version of NumPy or of this code."""
     write_shard(tmp_path / "train_000001.bin", np.array([9, 0, 9, 1, 9, 2, 9, 3, 9, 4, 9, 5, 9], np.uint16))

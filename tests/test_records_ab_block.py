@@ -134,8 +134,11 @@ def test_runs_of_a_block_under_way_when_everything_was_killed(tmp_path, monkeypa
             record.validation(1, 3.0, 1.0, 10)
             record.finish()
             series.ledger.end(own[0], repository=tmp_path)
+        else:
+            record.progress(0, 0.0)
     ledger = Ledger.read(ledger.folder)
-    assert Display(ledger)._progress(ledger.runs, 5.0) == "> a seeds 7 to 10, 5 s: 2 of 4 runs"
+    assert Display(ledger)._progress(ledger.runs, 5.0) == ("> a seeds 7 to 10, 5 s: 2 of 4 runs, "
+                                                           "step:0/1 train_time:0ms step_avg:0.00ms")
     assert ledger.adopt(tmp_path) == 4
     assert [(run["seed"], run["status"], bool(run["record_sha256"]), bool(run["source_sha256"]))
             for run in ledger.runs] == [(7, "complete", True, True), (8, "complete", True, True),

@@ -58,3 +58,20 @@ def test_local_source(tmp_path, monkeypatch):
             del sys.modules[name]
     assert found == {name: f"# {name}\n".encode() for name in
                      ("requirements.txt", "run.sh", "train.py", "used_here.py")}
+
+
+def test_modules_behind_links_are_found_as_the_repository_names_them(tmp_path, monkeypatch):
+    repository = tmp_path / "repository"
+    (repository / "package").mkdir(parents=True)
+    for name in ("train.py", "package/behind_a_folder.py", "package/behind_a_link.py"):
+        (repository / name).write_bytes(f"# {name}\n".encode())
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "folder").symlink_to(repository / "package")
+    (tmp_path / "elsewhere" / "behind_a_link.py").symlink_to(repository / "package" / "behind_a_link.py")
+    for name, folder in {"behind_a_folder": "folder", "behind_a_link": "elsewhere"}.items():
+        monkeypatch.syspath_prepend(str(tmp_path / folder))
+        monkeypatch.setitem(sys.modules, name, importlib.import_module(name))
+    (tmp_path / "link").symlink_to(repository)
+    for spelling in (repository, tmp_path / "link"):
+        assert local_source(spelling, spelling / "train.py").keys() == {
+            "train.py", "package/behind_a_folder.py", "package/behind_a_link.py"}

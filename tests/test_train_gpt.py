@@ -219,13 +219,13 @@ def test_a_run_without_warm_up_has_the_same_losses_to_the_bit(finished, data, tm
     assert len(called) == 1
 
 
-def test_warm_up_trains_and_puts_every_weight_back_to_the_bit(data, monkeypatch):
-    s, model = model_of(data=str(data))
-    randomised(model)
+def test_reset_puts_everything_back_to_the_bit_after_warm_up(data, monkeypatch):
+    s, model = model_of(data=str(data), tied=0.5, yarn=True, adam_every=3, seed=3)
     loader, validation = train_gpt.open_data(s, 0, 1)
     device = torch.device("cpu")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = {name: p.clone() for name, p in (*model.named_parameters(), *model.named_buffers())}
     loss = train_gpt.validate(model, validation, (16, 32), device, 1)
+    randomised(model)
 
     inside = []  # names of the weights that differ while warm_up validates
     validate = train_gpt.validate
@@ -236,17 +236,16 @@ def test_warm_up_trains_and_puts_every_weight_back_to_the_bit(data, monkeypatch)
 
     monkeypatch.setattr(train_gpt, "validate", spy)
     train_gpt.warm_up(s, model, loader, validation, device, 1)
-    assert inside and all(names == set(before) for names in inside)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
+    model.rotaries[0].stretch(16, 32)
+    assert any(p.grad is not None for p in model.parameters()) and not model.tied
+    places = [p.data_ptr() for p in (*model.parameters(), *model.buffers())]
+    train_gpt.reset(model, s, 3)
+    now = dict((*model.named_parameters(), *model.named_buffers()))
+    assert inside and all("blocks.0.mlp.up.weight" in names for names in inside)
+    assert now.keys() == before.keys() and all(torch.equal(tensor, before[name]) for name, tensor in now.items())
+    assert places == [p.data_ptr() for p in now.values()]  # in place: compiled graphs may know where they lie
+    assert all(p.grad is None for p in model.parameters()) and model.tied
     assert validate(model, validation, (16, 32), device, 1) == loss
-
-
-def test_warm_up_leaves_no_gradients_for_an_adam_that_had_not_had_its_turn(data):
-    s, model = model_of(data=str(data), adam_every=3)
-    loader, validation = train_gpt.open_data(s, 0, 1)
-    train_gpt.warm_up(s, model, loader, validation, torch.device("cpu"), 1)
-    assert all(p.grad is None for p in model.parameters())
 
 
 def test_the_loss_at_step_0_is_that_of_a_freshly_seeded_model(finished, data):
@@ -447,7 +446,7 @@ def test_a_run_with_yarn_stretches_with_its_window(data, tmp_path, monkeypatch):
     seen, stretch = [], Rotary.stretch
     monkeypatch.setattr(Rotary, "stretch", lambda rotary, *windows: (seen.append(windows), stretch(rotary, *windows)))
     train(data, tmp_path, steps=16, yarn=True, window_start=22)
-    assert seen == [(1, 1), *((22, 22 + 6 * grown) for grown in range(8))]
+    assert seen == [(1, 1), (1, 1), *((22, 22 + 6 * grown) for grown in range(8))]
 
 
 @pytest.mark.parametrize("world_size, passes", [(1, 8), (2, 4), (4, 2), (8, 1), (16, 1), (32, 1)])

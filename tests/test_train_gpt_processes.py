@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from test_train_gpt import ROOT, arguments, data, losses, only_record, read, train  # noqa: F401
+from test_train_gpt_runs import read_series
 
 from records.log import parse_log
 
@@ -72,12 +73,14 @@ end()
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory):
     """Name of the run -> losses of one process."""
-    return {name: losses(train(data, tmp_path_factory.mktemp(name), **changes)) for name, changes in RUNS.items()}
+    alone = RUNS | {"seed 1": RUNS["parts"] | dict(seed=1)}
+    return {name: losses(train(data, tmp_path_factory.mktemp("alone"), **changes)) for name, changes in alone.items()}
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_have_the_losses_of_one(alone, data, tmp_path, count):
     command_lines = [arguments(data, tmp_path / name, **changes) for name, changes in RUNS.items()]
+    command_lines.append(arguments(data, tmp_path / "series", runs=2, **RUNS["parts"]))
     script = tmp_path / "several_runs.py"
     script.write_text(SEVERAL_RUNS.format(root=str(ROOT), command_lines=json.dumps(command_lines)))
     with started([*torchrun(count), script], seconds=150) as process:
@@ -88,8 +91,12 @@ def test_several_processes_have_the_losses_of_one(alone, data, tmp_path, count):
         assert record["status"] == "complete" and len(losses(record)) == (5 if name == "parts" else 11)
         # Adam's first updates are little more than signs, so a rounding error in a gradient near 0 counts.
         assert losses(record) == pytest.approx(alone[name], rel=1e-4 if name == "adamw" else 1e-5), name
-    assert stdout.count(f"seed 0, {count} processes on cpu") == len(RUNS)
-    assert len(re.findall(r"^step:(\d+)/\1 val_loss", stdout, re.MULTILINE)) == len(RUNS)
+    folder, ledger, (first, second) = read_series(tmp_path / "series")  # one ledger, too
+    assert ledger["status"] == "complete" and ledger["slots"] == [{"gpu": None, "processes": count}]
+    assert losses(first) == losses(read(only_record(tmp_path / "parts")))
+    assert second["seed"] == 1 and losses(second) == pytest.approx(alone["seed 1"], rel=1e-5)
+    assert stdout.count(f"seed 0, {count} processes on cpu") == len(RUNS) + 1
+    assert len(re.findall(r"^step:(\d+)/\1 val_loss", stdout, re.MULTILINE)) == len(RUNS) + 2
 
 
 def test_processes_that_do_not_divide_the_batch_end_with_one_message(data, tmp_path):
