@@ -10,8 +10,8 @@ Result: the wiki preset with Turbo-Muon ends at a validation loss of 3.433 after
 _21; its coefficients have changed since). The FineWeb run on 8 GPUs: not yet measured.
 
 One file, one story: settings, schedules, attention, model, training, runs. The same run on 1, 2, 4 or 8 GPUs sees the
-same batches; fewer GPUs accumulate gradients. Ideas from modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt) are
-credited where they are used.
+same batches; fewer GPUs accumulate gradients. Ideas from modded-nanogpt, which are credited where they are used:
+https://github.com/KellerJordan/modded-nanogpt
 """
 
 import itertools
