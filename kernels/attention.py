@@ -1,0 +1,365 @@
+"""Causal attention within a window and within documents, over a stream of them: forward, and backward in two kernels.
+
+    y_i = Σ_j p_ij v_j / Σ_j p_ij,   p_ij = exp(scale · q_i·k_j − bound),   over max(start_i, i − window + 1) ≤ j ≤ i
+    P_ij = p_ij / Σ p,  δ_i = dy_i·y_i,  dS_ij = P_ij (dy_i·v_j − δ_i)
+    dq_i = scale Σ_j dS_ij k_j        dk_j = scale Σ_i dS_ij q_i        dv_j = Σ_i P_ij dy_i
+
+start_i is the first token of i's document. Programs take blocks of the whole stream, not of a document: a document
+shorter than a block wastes nothing, where FlashAttention's varlen kernels begin a block of their own for each. As both
+limits of what a token sees grow with the token, the first and the last row of a block say which blocks of keys it
+sees, and which of them without a mask.
+
+There is no running maximum: q and k are RMS-normalised here, so no score lies outside ±bound, and `bound` stands for
+the maximum. Nothing is rescaled on the way. With bound ≤ 36 each p is at least exp(−72), which float32 and bfloat16
+hold with a margin of 2^22; float16 does not and is refused. Where a score does lie outside, results are exact as long
+as float32 can hold them; a row whose sum has left what float32 holds, or is below what the promise assures, is NaN, as
+are its gradients: the loss shows it. So are rows of tokens that no document holds.
+
+Backward takes seven products where five would do, but no atomics: the same input gives the same bits. dq comes first
+and leaves δ for the other kernel. Products are of the inputs' dtype (P and dS are rounded to it), sums float32.
+
+Eager twin: attention_eager. Times and tiles: python -m kernels.bench_attention
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .fp8 import INTERPRETED
+
+DTYPES = (torch.bfloat16, torch.float32)
+HEAD_DIMS = (16, 32, 64, 128)
+MOST_BOUND = 36.0  # exp(−2 · 36) is 2^22 times float32's smallest normal number
+LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a kernel cuts the stream: queries × keys of a tile, one of which a program keeps while it walks the other."""
+
+    queries: int = 128
+    keys: int = 64
+    warps: int = 8
+    stages: int = 2
+    registers: int | None = None  # at most so many a thread, so that two programs fit on a multiprocessor
+    split: bool = True  # a loop without masks for tiles that need none; else one loop, with masks
+
+
+# First guesses: none spills (ahead of time for sm_90); not yet measured.
+CUTS = {"forward": Cut(), "dq": Cut(), "dkdv": Cut(queries=64, keys=128)}
+
+
+def bounds(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """(2, tokens) int32: the first token of each token's document, and the one after its last. No synchronisation.
+
+    cu_seqlens (documents + 1,) int32 or int64, non-decreasing: where documents begin, and the end. A token outside of
+    [cu_seqlens[0], cu_seqlens[-1]) gets limits that hold nothing, and so a result of NaN.
+    """
+    if cu_seqlens.ndim != 1 or cu_seqlens.size(0) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"bounds needs cu_seqlens (documents + 1,) of int32, at least one document; got "
+                         f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}")
+    token = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    after = torch.searchsorted(cu_seqlens, token, right=True)
+    documents = cu_seqlens.size(0) - 1
+    held = (after > 0) & (after <= documents)
+    after = after.clamp(1, documents)
+    limits = torch.stack([torch.where(held, cu_seqlens[after - 1], token + 1),
+                          torch.where(held, cu_seqlens[after], token)])
+    return limits.to(torch.int32)
+
+
+def attention_eager(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, scale: float) -> Tensor:
+    """As attention, in plain torch, a document at a time: (heads, length, length) scores of each."""
+    results, edges = [], cu_seqlens.tolist()
+    for begin, end in zip(edges, edges[1:]):
+        place = torch.arange(end - begin, device=q.device)
+        distance = place[:, None] - place
+        seen = (distance >= 0) & (distance < window)
+        scores = torch.einsum("ihd,jhd->hij", q[begin:end], k[begin:end]) * scale
+        results.append(torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -math.inf).softmax(-1), v[begin:end]))
+    return torch.cat(results)
+
+
+@triton.jit
+def _exp2(x):
+    """2^x; the GPU's instruction, 2 units in the last place. Below 2^−126 it is 0, which saves two instructions."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _rows(x, first, count, stride, T, MASKED: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr):
+    """Rows first … first + BLOCK of x (T, D) with this stride; MASKED: zeros past the end."""
+    row, column = tl.arange(0, BLOCK), tl.arange(0, D)
+    at = x + tl.full((), first, tl.int64) * stride + (row[:, None] * stride + column[None, :])
+    if MASKED:
+        return tl.load(at, mask=(row < count)[:, None], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def _store_rows(x, value, first, stride, T, BLOCK: tl.constexpr, D: tl.constexpr):
+    row, column = tl.arange(0, BLOCK), tl.arange(0, D)
+    at = x + tl.full((), first, tl.int64) * stride + (row[:, None] * stride + column[None, :])
+    tl.store(at, value.to(x.dtype.element_ty), mask=(row < T - first)[:, None])
+
+
+@triton.jit
+def _key_range(limits, first, window, T, QUERIES: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr):
+    """(lowest key of each row, begin, end of the lower edge, of what needs no mask, of all) of a block of queries."""
+    row = first + tl.arange(0, QUERIES)
+    low = tl.maximum(tl.load(limits + row, mask=row < T, other=T), row - window + 1)
+    last = tl.minimum(first + QUERIES, T) - 1
+    begin = tl.maximum(tl.load(limits + first), first - window + 1) // KEYS * KEYS
+    end = last + 1
+    edge = end
+    if SPLIT:
+        edge = tl.minimum(tl.cdiv(tl.maximum(tl.load(limits + last), last - window + 1), KEYS) * KEYS, end)
+    return low, begin, edge, tl.maximum(edge, (first + 1) // KEYS * KEYS), end
+
+
+@triton.jit
+def _query_range(limits, first, window, T, QUERIES: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr):
+    """(end of the queries of each key, begin, end of the diagonal, of what needs no mask, of all) of a block of keys."""
+    limits += T
+    key = first + tl.arange(0, KEYS)
+    high = tl.minimum(tl.load(limits + key, mask=key < T, other=0), key + window)
+    last = tl.minimum(first + KEYS, T) - 1
+    end = tl.minimum(tl.load(limits + last), last + window)
+    diagonal = end
+    if SPLIT:
+        diagonal = tl.cdiv(last, QUERIES) * QUERIES
+    clear = tl.minimum(tl.load(limits + first), first + window) // QUERIES * QUERIES
+    return high, first // QUERIES * QUERIES, tl.minimum(diagonal, end), diagonal, tl.maximum(diagonal, clear), end
+
+
+@triton.jit
+def _attend(sums, total, q, k, v, begin, end, row, low, stride_k, stride_v, T, factor, offset, MASKED: tl.constexpr,
+            KEYS: tl.constexpr, D: tl.constexpr):
+    """Adds Σ p v and Σ p over keys begin … end. p = 2^(factor · q·k − offset)."""
+    for n in tl.range(begin, end, KEYS):
+        scores = tl.dot(q, tl.trans(_rows(k, n, T - n, stride_k, T, MASKED, KEYS, D)), input_precision="ieee")
+        p = _exp2(scores * factor - offset)
+        if MASKED:
+            key = n + tl.arange(0, KEYS)
+            p = tl.where((key[None, :] >= low[:, None]) & (key[None, :] <= row[:, None]), p, 0.0)
+        total += tl.sum(p, 1)
+        values = _rows(v, n, T - n, stride_v, T, MASKED, KEYS, D)
+        sums = tl.dot(p.to(values.dtype), values, sums, input_precision="ieee")
+    return sums, total
+
+
+@triton.jit(do_not_specialize=["window"])
+def _forward_kernel(q, k, v, limits, y, lse, T, window, factor, offset, row_q, head_q, row_k, head_k, row_v, head_v,
+                    SPLIT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr):
+    """y and log₂ Σ 2^(factor · q·k). Programs (heads, blocks of queries): neighbours share keys in the L2 cache."""
+    head, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * QUERIES
+    heads = tl.num_programs(0)
+    q, k, v, y = q + head * head_q, k + head * head_k, v + head * head_v, y + head * D
+    row = first + tl.arange(0, QUERIES)
+    low, begin, edge, clear, end = _key_range(limits, first, window, T, QUERIES, KEYS, SPLIT)
+    queries = _rows(q, first, T - first, row_q, T, True, QUERIES, D)
+    sums, total = tl.zeros((QUERIES, D), dtype=tl.float32), tl.zeros((QUERIES,), dtype=tl.float32)
+    sums, total = _attend(sums, total, queries, k, v, begin, edge, row, low, row_k, row_v, T, factor, offset, True,
+                          KEYS, D)
+    if SPLIT:
+        sums, total = _attend(sums, total, queries, k, v, edge, clear, row, low, row_k, row_v, T, factor, offset,
+                              False, KEYS, D)
+        sums, total = _attend(sums, total, queries, k, v, clear, end, row, low, row_k, row_v, T, factor, offset, True,
+                              KEYS, D)
+    # The promise assures a sum of 2^(−2 offset) at least; a factor of 16 is for what rounding adds to scores.
+    kept = (total >= tl.exp2(-2 * offset - 4)) & (total < float("inf"))
+    total = tl.where(kept, total, float("nan"))
+    _store_rows(y, sums / total[:, None], first, heads * D, T, QUERIES, D)
+    tl.store(lse + head * T + row, tl.log2(total) + offset, mask=row < T)
+
+
+@triton.jit
+def _descend_queries(dq, q, dy, lse, delta, k, v, begin, end, row, low, stride_k, stride_v, T, factor,
+                     MASKED: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr):
+    """Adds Σ dS k over keys begin … end."""
+    for n in tl.range(begin, end, KEYS):
+        keys = _rows(k, n, T - n, stride_k, T, MASKED, KEYS, D)
+        values = _rows(v, n, T - n, stride_v, T, MASKED, KEYS, D)
+        p = _exp2(tl.dot(q, tl.trans(keys), input_precision="ieee") * factor - lse[:, None])
+        if MASKED:
+            key = n + tl.arange(0, KEYS)
+            p = tl.where((key[None, :] >= low[:, None]) & (key[None, :] <= row[:, None]), p, 0.0)
+        slope = p * (tl.dot(dy, tl.trans(values), input_precision="ieee") - delta[:, None])
+        dq = tl.dot(slope.to(keys.dtype), keys, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit(do_not_specialize=["window"])
+def _dq_kernel(q, k, v, limits, y, lse, dy, dq, delta, T, window, factor, scale, row_q, head_q, row_k, head_k, row_v,
+               head_v, row_dy, head_dy, SPLIT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+               D: tl.constexpr):
+    """dq and δ. Programs as of _forward_kernel."""
+    head, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * QUERIES
+    heads = tl.num_programs(0)
+    q, k, v, y = q + head * head_q, k + head * head_k, v + head * head_v, y + head * D
+    row = first + tl.arange(0, QUERIES)
+    low, begin, edge, clear, end = _key_range(limits, first, window, T, QUERIES, KEYS, SPLIT)
+    slopes = _rows(dy + head * head_dy, first, T - first, row_dy, T, True, QUERIES, D)
+    results = _rows(y, first, T - first, heads * D, T, True, QUERIES, D)
+    along = tl.sum(slopes.to(tl.float32) * results.to(tl.float32), 1)
+    tl.store(delta + head * T + row, along, mask=row < T)
+    logs = tl.load(lse + head * T + row, mask=row < T, other=0.0)
+    queries = _rows(q, first, T - first, row_q, T, True, QUERIES, D)
+    sums = tl.zeros((QUERIES, D), dtype=tl.float32)
+    sums = _descend_queries(sums, queries, slopes, logs, along, k, v, begin, edge, row, low, row_k, row_v, T, factor,
+                            True, KEYS, D)
+    if SPLIT:
+        sums = _descend_queries(sums, queries, slopes, logs, along, k, v, edge, clear, row, low, row_k, row_v, T,
+                                factor, False, KEYS, D)
+        sums = _descend_queries(sums, queries, slopes, logs, along, k, v, clear, end, row, low, row_k, row_v, T,
+                                factor, True, KEYS, D)
+    _store_rows(dq + head * D, sums * scale, first, heads * D, T, QUERIES, D)
+
+
+@triton.jit
+def _descend_keys(dk, dv, k, v, q, dy, lse, delta, begin, end, key, high, stride_q, stride_dy, T, factor,
+                  MASKED: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr):
+    """Adds Σ dS q and Σ P dy over queries begin … end. Scores are (keys, queries): P and dS stay in registers."""
+    for m in tl.range(begin, end, QUERIES):
+        queries = _rows(q, m, T - m, stride_q, T, MASKED, QUERIES, D)
+        slopes = _rows(dy, m, T - m, stride_dy, T, MASKED, QUERIES, D)
+        row = m + tl.arange(0, QUERIES)
+        if MASKED:
+            logs, along = tl.load(lse + row, mask=row < T, other=0.0), tl.load(delta + row, mask=row < T, other=0.0)
+        else:
+            logs, along = tl.load(lse + row), tl.load(delta + row)
+        p = _exp2(tl.dot(k, tl.trans(queries), input_precision="ieee") * factor - logs[None, :])
+        if MASKED:
+            p = tl.where((row[None, :] >= key[:, None]) & (row[None, :] < high[:, None]), p, 0.0)
+        dv = tl.dot(p.to(slopes.dtype), slopes, dv, input_precision="ieee")
+        p *= tl.dot(v, tl.trans(slopes), input_precision="ieee") - along[None, :]
+        dk = tl.dot(p.to(queries.dtype), queries, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["window"])
+def _dkdv_kernel(q, k, v, limits, lse, dy, delta, dk, dv, T, window, factor, scale, row_q, head_q, row_k, head_k,
+                 row_v, head_v, row_dy, head_dy, SPLIT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+                 D: tl.constexpr):
+    """dk and dv. Programs (heads, blocks of keys)."""
+    head, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * KEYS
+    heads = tl.num_programs(0)
+    q, k, v, dy = q + head * head_q, k + head * head_k, v + head * head_v, dy + head * head_dy
+    lse, delta = lse + head * T, delta + head * T
+    key = first + tl.arange(0, KEYS)
+    high, begin, edge, diagonal, clear, end = _query_range(limits, first, window, T, QUERIES, KEYS, SPLIT)
+    keys = _rows(k, first, T - first, row_k, T, True, KEYS, D)
+    values = _rows(v, first, T - first, row_v, T, True, KEYS, D)
+    dkeys, dvalues = tl.zeros((KEYS, D), dtype=tl.float32), tl.zeros((KEYS, D), dtype=tl.float32)
+    dkeys, dvalues = _descend_keys(dkeys, dvalues, keys, values, q, dy, lse, delta, begin, edge, key, high, row_q,
+                                   row_dy, T, factor, True, QUERIES, D)
+    if SPLIT:
+        dkeys, dvalues = _descend_keys(dkeys, dvalues, keys, values, q, dy, lse, delta, diagonal, clear, key, high,
+                                       row_q, row_dy, T, factor, False, QUERIES, D)
+        dkeys, dvalues = _descend_keys(dkeys, dvalues, keys, values, q, dy, lse, delta, clear, end, key, high, row_q,
+                                       row_dy, T, factor, True, QUERIES, D)
+    _store_rows(dk + head * D, dkeys * scale, first, heads * D, T, KEYS, D)
+    _store_rows(dv + head * D, dvalues, first, heads * D, T, KEYS, D)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, *, scale: float, bound: float) -> Tensor:
+    """Token i sees j with i − window < j ≤ i in its own document. Result (tokens, heads, head_dim); differentiable.
+
+    q, k, v    (tokens, heads, head_dim) bfloat16 or float32, head_dim 16, 32, 64 or 128; any strides whose last is 1:
+               slices of one tensor are taken as they are
+    documents  bounds(cu_seqlens, tokens), once for all layers
+    window     at least 1; it can change from call to call without a compilation
+    bound      promise that no |scale · q·k| is larger, in nats, at most 36: scale · |q| · |k|. A looser one costs
+               nothing. Rows in which it does not hold by far are NaN, as the head of this file says
+    """
+    tokens, heads, head_dim = q.shape if q.ndim == 3 else (0, 0, 0)
+    if head_dim not in HEAD_DIMS or k.shape != q.shape or v.shape != q.shape or 0 in q.shape:
+        raise ValueError(f"attention needs q, k, v (tokens, heads, head_dim) of one shape, head_dim one of "
+                         f"{', '.join(map(str, HEAD_DIMS))}; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"attention needs q, k, v of bfloat16 or of float32, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if documents.shape != (2, tokens) or documents.dtype != torch.int32:
+        raise ValueError(f"attention needs documents (2, {tokens}) of int32, as bounds(cu_seqlens, {tokens}) makes "
+                         f"them; got {tuple(documents.shape)} of {documents.dtype}")
+    if window < 1:
+        raise ValueError(f"attention window={window}: expected 1 (a token sees itself) or more")
+    if not 0 < bound <= MOST_BOUND:
+        raise ValueError(f"attention bound={bound}: expected scale · |q| · |k|, more than 0 and at most {MOST_BOUND:g}, "
+                         f"else exp leaves float32; normalise q and k, or lower scale={scale}")
+    return _forward(q, k, v, documents, window, scale, bound)[0]
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _plan(name: str, x: Tensor) -> tuple[tuple[int, int], dict]:
+    """(grid, constants and options) of a launch, by CUTS."""
+    cut, (tokens, heads, head_dim) = CUTS[name], x.shape
+    blocks = triton.cdiv(tokens, cut.keys if name == "dkdv" else cut.queries)
+    options = dict(num_warps=cut.warps, num_stages=cut.stages) | ({"maxnreg": cut.registers} if cut.registers else {})
+    return (heads, blocks), dict(SPLIT=cut.split, QUERIES=cut.queries, KEYS=cut.keys, D=head_dim, **options)
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:2]]
+
+
+# Operators of their own: torch.compile neither looks into them nor breaks its graph there.
+@torch.library.custom_op("turborun::attention", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, scale: float,
+             bound: float) -> tuple[Tensor, Tensor]:
+    """(y, log₂ Σ exp(scale · q·k) (heads, tokens) float32)."""
+    q, k, v = map(_dense, (q, k, v))
+    y, lse = q.new_empty(q.shape), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
+    grid, constants = _plan("forward", q)
+    window = min(window, q.size(0))  # key + window stays within int32
+    _forward_kernel[grid](q, k, v, documents.contiguous(), y, lse, q.size(0), window, scale * LOG2E, bound * LOG2E,
+                          *_strides(q, k, v), **constants)
+    return y, lse
+
+
+@_forward.register_fake
+def _(q, k, v, documents, window, scale, bound):
+    return q.new_empty(q.shape), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
+
+
+@torch.library.custom_op("turborun::attention_backward", mutates_args=())
+def _backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, y: Tensor, lse: Tensor, window: int,
+              scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), contiguous."""
+    dy, q, k, v = map(_dense, (dy, q, k, v))
+    documents, tokens, window = documents.contiguous(), q.size(0), min(window, q.size(0))
+    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+    delta, strides = torch.empty_like(lse), _strides(q, k, v, dy)
+    grid, constants = _plan("dq", q)
+    _dq_kernel[grid](q, k, v, documents, y, lse, dy, dq, delta, tokens, window, scale * LOG2E, scale, *strides,
+                     **constants)
+    grid, constants = _plan("dkdv", q)
+    _dkdv_kernel[grid](q, k, v, documents, lse, dy, delta, dk, dv, tokens, window, scale * LOG2E, scale, *strides,
+                       **constants)
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(dy, q, k, v, documents, y, lse, window, scale):
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+def _keep(ctx, inputs, output):
+    q, k, v, documents, ctx.window, ctx.scale, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, documents, *output)
+
+
+def _slopes(ctx, dy, _):
+    return *_backward(dy, *ctx.saved_tensors, ctx.window, ctx.scale), None, None, None, None
+
+
+_forward.register_autograd(_slopes, setup_context=_keep)
