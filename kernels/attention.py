@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .fp8 import INTERPRETED
 
@@ -93,20 +94,18 @@ def _exp2(x):
 
 
 @triton.jit
-def _rows(x, first, count, stride, T, MASKED: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr):
-    """Rows first … first + BLOCK of x (T, D) with this stride; MASKED: zeros past the end."""
-    row, column = tl.arange(0, BLOCK), tl.arange(0, D)
-    at = x + tl.full((), first, tl.int64) * stride + (row[:, None] * stride + column[None, :])
-    if MASKED:
-        return tl.load(at, mask=(row < count)[:, None], other=0.0)
-    return tl.load(at)
+def _dot(a, b, sums=None):
+    if INTERPRETED:  # it holds bfloat16 as integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision="ieee")
 
 
 @triton.jit
-def _store_rows(x, value, first, stride, T, BLOCK: tl.constexpr, D: tl.constexpr):
+def _rows(x, first, stride, T, BLOCK: tl.constexpr, D: tl.constexpr):
+    """(pointers to rows first … first + BLOCK of x (T, D) with this stride, mask)."""
     row, column = tl.arange(0, BLOCK), tl.arange(0, D)
     at = x + tl.full((), first, tl.int64) * stride + (row[:, None] * stride + column[None, :])
-    tl.store(at, value.to(x.dtype.element_ty), mask=(row < T - first)[:, None])
+    return at, (row < T - first)[:, None]
 
 
 @triton.jit
@@ -139,140 +138,131 @@ def _query_range(limits, first, window, T, QUERIES: tl.constexpr, KEYS: tl.const
 
 
 @triton.jit
-def _attend(sums, total, q, k, v, begin, end, row, low, stride_k, stride_v, T, factor, offset, MASKED: tl.constexpr,
-            KEYS: tl.constexpr, D: tl.constexpr):
+def _attend(sums, total, queries, k, v, column, begin, end, row, low, factor, offset, MASKED: tl.constexpr,
+            KEYS: tl.constexpr):
     """Adds Σ p v and Σ p over keys begin … end. p = 2^(factor · q·k − offset)."""
     for n in tl.range(begin, end, KEYS):
-        scores = tl.dot(q, tl.trans(_rows(k, n, T - n, stride_k, T, MASKED, KEYS, D)), input_precision="ieee")
-        p = _exp2(scores * factor - offset)
+        p = _exp2(_dot(queries, k.load([n, column]).T) * factor - offset)
         if MASKED:
             key = n + tl.arange(0, KEYS)
             p = tl.where((key[None, :] >= low[:, None]) & (key[None, :] <= row[:, None]), p, 0.0)
         total += tl.sum(p, 1)
-        values = _rows(v, n, T - n, stride_v, T, MASKED, KEYS, D)
-        sums = tl.dot(p.to(values.dtype), values, sums, input_precision="ieee")
+        values = v.load([n, column])
+        sums = _dot(p.to(values.dtype), values, sums)
     return sums, total
 
 
 @triton.jit(do_not_specialize=["window"])
-def _forward_kernel(q, k, v, limits, y, lse, T, window, factor, offset, row_q, head_q, row_k, head_k, row_v, head_v,
-                    SPLIT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr):
+def _forward_kernel(q, k, v, limits, y, lse, T, window, factor, offset, SPLIT: tl.constexpr, QUERIES: tl.constexpr,
+                    KEYS: tl.constexpr, D: tl.constexpr):
     """y and log₂ Σ 2^(factor · q·k). Programs (heads, blocks of queries): neighbours share keys in the L2 cache."""
-    head, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * QUERIES
-    heads = tl.num_programs(0)
-    q, k, v, y = q + head * head_q, k + head * head_k, v + head * head_v, y + head * D
+    head, first = tl.program_id(0), tl.program_id(1) * QUERIES
+    heads, column = tl.num_programs(0), tl.program_id(0) * D
     row = first + tl.arange(0, QUERIES)
     low, begin, edge, clear, end = _key_range(limits, first, window, T, QUERIES, KEYS, SPLIT)
-    queries = _rows(q, first, T - first, row_q, T, True, QUERIES, D)
+    queries = q.load([first, column])
     sums, total = tl.zeros((QUERIES, D), dtype=tl.float32), tl.zeros((QUERIES,), dtype=tl.float32)
-    sums, total = _attend(sums, total, queries, k, v, begin, edge, row, low, row_k, row_v, T, factor, offset, True,
-                          KEYS, D)
+    sums, total = _attend(sums, total, queries, k, v, column, begin, edge, row, low, factor, offset, True, KEYS)
     if SPLIT:
-        sums, total = _attend(sums, total, queries, k, v, edge, clear, row, low, row_k, row_v, T, factor, offset,
-                              False, KEYS, D)
-        sums, total = _attend(sums, total, queries, k, v, clear, end, row, low, row_k, row_v, T, factor, offset, True,
-                              KEYS, D)
+        sums, total = _attend(sums, total, queries, k, v, column, edge, clear, row, low, factor, offset, False, KEYS)
+        sums, total = _attend(sums, total, queries, k, v, column, clear, end, row, low, factor, offset, True, KEYS)
     # The promise assures a sum of 2^(−2 offset) at least; a factor of 16 is for what rounding adds to scores.
     kept = (total >= tl.exp2(-2 * offset - 4)) & (total < float("inf"))
     total = tl.where(kept, total, float("nan"))
-    _store_rows(y, sums / total[:, None], first, heads * D, T, QUERIES, D)
-    tl.store(lse + head * T + row, tl.log2(total) + offset, mask=row < T)
+    at, inside = _rows(y + column, first, heads * D, T, QUERIES, D)
+    tl.store(at, (sums / total[:, None]).to(y.dtype.element_ty), mask=inside)
+    tl.store(lse + head.to(tl.int64) * T + row, tl.log2(total) + offset, mask=row < T)
 
 
 @triton.jit
-def _descend_queries(dq, q, dy, lse, delta, k, v, begin, end, row, low, stride_k, stride_v, T, factor,
-                     MASKED: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr):
+def _descend_queries(dq, queries, slopes, lse, delta, k, v, column, begin, end, row, low, factor, MASKED: tl.constexpr,
+                     KEYS: tl.constexpr):
     """Adds Σ dS k over keys begin … end."""
     for n in tl.range(begin, end, KEYS):
-        keys = _rows(k, n, T - n, stride_k, T, MASKED, KEYS, D)
-        values = _rows(v, n, T - n, stride_v, T, MASKED, KEYS, D)
-        p = _exp2(tl.dot(q, tl.trans(keys), input_precision="ieee") * factor - lse[:, None])
+        keys = k.load([n, column])
+        p = _exp2(_dot(queries, keys.T) * factor - lse[:, None])
         if MASKED:
             key = n + tl.arange(0, KEYS)
             p = tl.where((key[None, :] >= low[:, None]) & (key[None, :] <= row[:, None]), p, 0.0)
-        slope = p * (tl.dot(dy, tl.trans(values), input_precision="ieee") - delta[:, None])
-        dq = tl.dot(slope.to(keys.dtype), keys, dq, input_precision="ieee")
+        p *= _dot(slopes, v.load([n, column]).T) - delta[:, None]
+        dq = _dot(p.to(keys.dtype), keys, dq)
     return dq
 
 
 @triton.jit(do_not_specialize=["window"])
-def _dq_kernel(q, k, v, limits, y, lse, dy, dq, delta, T, window, factor, scale, row_q, head_q, row_k, head_k, row_v,
-               head_v, row_dy, head_dy, SPLIT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-               D: tl.constexpr):
+def _dq_kernel(q, k, v, limits, y, lse, dy, dq, delta, T, window, factor, scale, SPLIT: tl.constexpr,
+               QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr):
     """dq and δ. Programs as of _forward_kernel."""
-    head, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * QUERIES
-    heads = tl.num_programs(0)
-    q, k, v, y = q + head * head_q, k + head * head_k, v + head * head_v, y + head * D
+    first, heads, column = tl.program_id(1) * QUERIES, tl.num_programs(0), tl.program_id(0) * D
     row = first + tl.arange(0, QUERIES)
+    here = tl.program_id(0).to(tl.int64) * T + row
     low, begin, edge, clear, end = _key_range(limits, first, window, T, QUERIES, KEYS, SPLIT)
-    slopes = _rows(dy + head * head_dy, first, T - first, row_dy, T, True, QUERIES, D)
-    results = _rows(y, first, T - first, heads * D, T, True, QUERIES, D)
-    along = tl.sum(slopes.to(tl.float32) * results.to(tl.float32), 1)
-    tl.store(delta + head * T + row, along, mask=row < T)
-    logs = tl.load(lse + head * T + row, mask=row < T, other=0.0)
-    queries = _rows(q, first, T - first, row_q, T, True, QUERIES, D)
+    slopes = dy.load([first, column])
+    at, inside = _rows(y + column, first, heads * D, T, QUERIES, D)
+    along = tl.sum(slopes.to(tl.float32) * tl.load(at, mask=inside, other=0.0).to(tl.float32), 1)
+    tl.store(delta + here, along, mask=row < T)
+    logs = tl.load(lse + here, mask=row < T, other=0.0)
+    queries = q.load([first, column])
     sums = tl.zeros((QUERIES, D), dtype=tl.float32)
-    sums = _descend_queries(sums, queries, slopes, logs, along, k, v, begin, edge, row, low, row_k, row_v, T, factor,
-                            True, KEYS, D)
+    sums = _descend_queries(sums, queries, slopes, logs, along, k, v, column, begin, edge, row, low, factor, True, KEYS)
     if SPLIT:
-        sums = _descend_queries(sums, queries, slopes, logs, along, k, v, edge, clear, row, low, row_k, row_v, T,
-                                factor, False, KEYS, D)
-        sums = _descend_queries(sums, queries, slopes, logs, along, k, v, clear, end, row, low, row_k, row_v, T,
-                                factor, True, KEYS, D)
-    _store_rows(dq + head * D, sums * scale, first, heads * D, T, QUERIES, D)
+        sums = _descend_queries(sums, queries, slopes, logs, along, k, v, column, edge, clear, row, low, factor, False,
+                                KEYS)
+        sums = _descend_queries(sums, queries, slopes, logs, along, k, v, column, clear, end, row, low, factor, True,
+                                KEYS)
+    at, inside = _rows(dq + column, first, heads * D, T, QUERIES, D)
+    tl.store(at, (sums * scale).to(dq.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _descend_keys(dk, dv, k, v, q, dy, lse, delta, begin, end, key, high, stride_q, stride_dy, T, factor,
-                  MASKED: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr):
+def _descend_keys(dk, dv, keys, values, q, dy, lse, delta, column, begin, end, key, high, T, factor,
+                  MASKED: tl.constexpr, QUERIES: tl.constexpr):
     """Adds Σ dS q and Σ P dy over queries begin … end. Scores are (keys, queries): P and dS stay in registers."""
     for m in tl.range(begin, end, QUERIES):
-        queries = _rows(q, m, T - m, stride_q, T, MASKED, QUERIES, D)
-        slopes = _rows(dy, m, T - m, stride_dy, T, MASKED, QUERIES, D)
+        queries, slopes = q.load([m, column]), dy.load([m, column])
         row = m + tl.arange(0, QUERIES)
         if MASKED:
             logs, along = tl.load(lse + row, mask=row < T, other=0.0), tl.load(delta + row, mask=row < T, other=0.0)
         else:
             logs, along = tl.load(lse + row), tl.load(delta + row)
-        p = _exp2(tl.dot(k, tl.trans(queries), input_precision="ieee") * factor - logs[None, :])
+        p = _exp2(_dot(keys, queries.T) * factor - logs[None, :])
         if MASKED:
             p = tl.where((row[None, :] >= key[:, None]) & (row[None, :] < high[:, None]), p, 0.0)
-        dv = tl.dot(p.to(slopes.dtype), slopes, dv, input_precision="ieee")
-        p *= tl.dot(v, tl.trans(slopes), input_precision="ieee") - along[None, :]
-        dk = tl.dot(p.to(queries.dtype), queries, dk, input_precision="ieee")
+        dv = _dot(p.to(slopes.dtype), slopes, dv)
+        p *= _dot(values, slopes.T) - along[None, :]
+        dk = _dot(p.to(queries.dtype), queries, dk)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["window"])
-def _dkdv_kernel(q, k, v, limits, lse, dy, delta, dk, dv, T, window, factor, scale, row_q, head_q, row_k, head_k,
-                 row_v, head_v, row_dy, head_dy, SPLIT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-                 D: tl.constexpr):
+def _dkdv_kernel(q, k, v, limits, lse, dy, delta, dk, dv, T, window, factor, scale, SPLIT: tl.constexpr,
+                 QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr):
     """dk and dv. Programs (heads, blocks of keys)."""
-    head, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * KEYS
-    heads = tl.num_programs(0)
-    q, k, v, dy = q + head * head_q, k + head * head_k, v + head * head_v, dy + head * head_dy
-    lse, delta = lse + head * T, delta + head * T
+    first, heads, column = tl.program_id(1) * KEYS, tl.num_programs(0), tl.program_id(0) * D
+    lse += tl.program_id(0).to(tl.int64) * T
+    delta += tl.program_id(0).to(tl.int64) * T
     key = first + tl.arange(0, KEYS)
     high, begin, edge, diagonal, clear, end = _query_range(limits, first, window, T, QUERIES, KEYS, SPLIT)
-    keys = _rows(k, first, T - first, row_k, T, True, KEYS, D)
-    values = _rows(v, first, T - first, row_v, T, True, KEYS, D)
+    keys, values = k.load([first, column]), v.load([first, column])
     dkeys, dvalues = tl.zeros((KEYS, D), dtype=tl.float32), tl.zeros((KEYS, D), dtype=tl.float32)
-    dkeys, dvalues = _descend_keys(dkeys, dvalues, keys, values, q, dy, lse, delta, begin, edge, key, high, row_q,
-                                   row_dy, T, factor, True, QUERIES, D)
+    dkeys, dvalues = _descend_keys(dkeys, dvalues, keys, values, q, dy, lse, delta, column, begin, edge, key, high, T,
+                                   factor, True, QUERIES)
     if SPLIT:
-        dkeys, dvalues = _descend_keys(dkeys, dvalues, keys, values, q, dy, lse, delta, diagonal, clear, key, high,
-                                       row_q, row_dy, T, factor, False, QUERIES, D)
-        dkeys, dvalues = _descend_keys(dkeys, dvalues, keys, values, q, dy, lse, delta, clear, end, key, high, row_q,
-                                       row_dy, T, factor, True, QUERIES, D)
-    _store_rows(dk + head * D, dkeys * scale, first, heads * D, T, KEYS, D)
-    _store_rows(dv + head * D, dvalues, first, heads * D, T, KEYS, D)
+        dkeys, dvalues = _descend_keys(dkeys, dvalues, keys, values, q, dy, lse, delta, column, diagonal, clear, key,
+                                       high, T, factor, False, QUERIES)
+        dkeys, dvalues = _descend_keys(dkeys, dvalues, keys, values, q, dy, lse, delta, column, clear, end, key, high,
+                                       T, factor, True, QUERIES)
+    at, inside = _rows(dk + column, first, heads * D, T, KEYS, D)
+    tl.store(at, (dkeys * scale).to(dk.dtype.element_ty), mask=inside)
+    at, inside = _rows(dv + column, first, heads * D, T, KEYS, D)
+    tl.store(at, dvalues.to(dv.dtype.element_ty), mask=inside)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, *, scale: float, bound: float) -> Tensor:
     """Token i sees j with i − window < j ≤ i in its own document. Result (tokens, heads, head_dim); differentiable.
 
-    q, k, v    (tokens, heads, head_dim) bfloat16 or float32, head_dim 16, 32, 64 or 128; any strides whose last is 1:
-               slices of one tensor are taken as they are
+    q, k, v    (tokens, heads, head_dim) bfloat16 or float32, head_dim 16, 32, 64 or 128; slices of one tensor
+               (tokens, 3, heads, head_dim) are taken as they are; what is laid out otherwise is copied
     documents  bounds(cu_seqlens, tokens), once for all layers
     window     at least 1; it can change from call to call without a compilation
     bound      promise that no |scale · q·k| is larger, in nats, at most 36: scale · |q| · |k|. A looser one costs
@@ -295,10 +285,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, *
     return _forward(q, k, v, documents, window, scale, bound)[0]
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(2) == 1 else x.contiguous()
-
-
 def _plan(name: str, x: Tensor) -> tuple[tuple[int, int], dict]:
     """(grid, constants and options) of a launch, by CUTS."""
     cut, (tokens, heads, head_dim) = CUTS[name], x.shape
@@ -307,8 +293,17 @@ def _plan(name: str, x: Tensor) -> tuple[tuple[int, int], dict]:
     return (heads, blocks), dict(SPLIT=cut.split, QUERIES=cut.queries, KEYS=cut.keys, D=head_dim, **options)
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for x in tensors for stride in x.stride()[:2]]
+def _dense(x: Tensor) -> Tensor:
+    """x, or a copy, with rows of heads · head_dim that begin at multiples of 16 bytes: the copy engine wants that."""
+    unit = 16 // x.element_size()
+    fits = x.stride()[1:] == (x.size(2), 1) and x.stride(0) % unit == 0 and x.stride(0) >= x.size(1) * x.size(2)
+    return x if fits and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _described(x: Tensor, rows: int) -> TensorDescriptor:
+    """x as a matrix (tokens, heads · head_dim), of which a program takes `rows` rows of a head; zeros past the end."""
+    tokens, heads, head_dim = x.shape
+    return TensorDescriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [rows, head_dim])
 
 
 # Operators of their own: torch.compile neither looks into them nor breaks its graph there.
@@ -318,10 +313,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, sc
     """(y, log₂ Σ exp(scale · q·k) (heads, tokens) float32)."""
     q, k, v = map(_dense, (q, k, v))
     y, lse = q.new_empty(q.shape), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
-    grid, constants = _plan("forward", q)
+    (grid, constants), cut = _plan("forward", q), CUTS["forward"]
     window = min(window, q.size(0))  # key + window stays within int32
-    _forward_kernel[grid](q, k, v, documents.contiguous(), y, lse, q.size(0), window, scale * LOG2E, bound * LOG2E,
-                          *_strides(q, k, v), **constants)
+    _forward_kernel[grid](_described(q, cut.queries), _described(k, cut.keys), _described(v, cut.keys), documents, y,
+                          lse, q.size(0), window, scale * LOG2E, bound * LOG2E, **constants)
     return y, lse
 
 
@@ -335,15 +330,19 @@ def _backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, y:
               scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), contiguous."""
     dy, q, k, v = map(_dense, (dy, q, k, v))
-    documents, tokens, window = documents.contiguous(), q.size(0), min(window, q.size(0))
+    tokens, window = q.size(0), min(window, q.size(0))
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
-    delta, strides = torch.empty_like(lse), _strides(q, k, v, dy)
-    grid, constants = _plan("dq", q)
-    _dq_kernel[grid](q, k, v, documents, y, lse, dy, dq, delta, tokens, window, scale * LOG2E, scale, *strides,
-                     **constants)
-    grid, constants = _plan("dkdv", q)
-    _dkdv_kernel[grid](q, k, v, documents, lse, dy, delta, dk, dv, tokens, window, scale * LOG2E, scale, *strides,
-                       **constants)
+    delta = torch.empty_like(lse)
+    for name in ("dq", "dkdv"):
+        (grid, constants), cut = _plan(name, q), CUTS[name]
+        of_q, of_dy = _described(q, cut.queries), _described(dy, cut.queries)
+        of_k, of_v = _described(k, cut.keys), _described(v, cut.keys)
+        if name == "dq":
+            _dq_kernel[grid](of_q, of_k, of_v, documents, y, lse, of_dy, dq, delta, tokens, window, scale * LOG2E, scale,
+                             **constants)
+        else:
+            _dkdv_kernel[grid](of_q, of_k, of_v, documents, lse, of_dy, delta, dk, dv, tokens, window, scale * LOG2E,
+                               scale, **constants)
     return dq, dk, dv
 
 
