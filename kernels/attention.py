@@ -47,11 +47,11 @@ class Cut:
     warps: int = 8
     stages: int = 2
     registers: int | None = None  # at most so many a thread, so that two programs fit on a multiprocessor
-    split: bool = True  # a loop without masks for tiles that need none; else one loop, with masks
+    branch: bool = True  # round the mask where a tile needs none; else all are masked
 
 
-# First guesses: none spills (ahead of time for sm_90); not yet measured.
-CUTS = {"forward": Cut(), "dq": Cut(), "dkdv": Cut(queries=64, keys=128)}
+# First guesses, not yet measured. Ahead of time for sm_90 none spills: 124, 180 and 255 registers.
+CUTS = {"forward": Cut(registers=128), "dq": Cut(), "dkdv": Cut(queries=64, keys=128)}
 
 
 def bounds(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -109,94 +109,63 @@ def _rows(x, first, stride, T, BLOCK: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _key_range(limits, first, window, T, QUERIES: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr):
-    """(lowest key of each row, begin, end of the lower edge, of what needs no mask, of all) of a block of queries."""
-    row = first + tl.arange(0, QUERIES)
-    low = tl.maximum(tl.load(limits + row, mask=row < T, other=T), row - window + 1)
-    last = tl.minimum(first + QUERIES, T) - 1
-    begin = tl.maximum(tl.load(limits + first), first - window + 1) // KEYS * KEYS
-    end = last + 1
-    edge = end
-    if SPLIT:
-        edge = tl.minimum(tl.cdiv(tl.maximum(tl.load(limits + last), last - window + 1), KEYS) * KEYS, end)
-    return low, begin, edge, tl.maximum(edge, (first + 1) // KEYS * KEYS), end
+def _masked(p, at, clear_from, clear_to, low, high, BRANCH: tl.constexpr, BLOCK: tl.constexpr):
+    """p (rows, BLOCK), 0 where at … at + BLOCK is not within [low, high) of its row. None needs that in [clear_from,
+    clear_to), and with BRANCH all of them go round it."""
+    column = at + tl.arange(0, BLOCK)
+    if BRANCH:
+        if (at < clear_from) | (at + BLOCK > clear_to):
+            p = tl.where((column[None, :] >= low[:, None]) & (column[None, :] < high[:, None]), p, 0.0)
+    else:
+        p = tl.where((column[None, :] >= low[:, None]) & (column[None, :] < high[:, None]), p, 0.0)
+    return p
 
 
 @triton.jit
-def _query_range(limits, first, window, T, QUERIES: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr):
-    """(end of the queries of each key, begin, end of the diagonal, of what needs no mask, of all) of a block of keys."""
-    limits += T
-    key = first + tl.arange(0, KEYS)
-    high = tl.minimum(tl.load(limits + key, mask=key < T, other=0), key + window)
-    last = tl.minimum(first + KEYS, T) - 1
-    end = tl.minimum(tl.load(limits + last), last + window)
-    diagonal = end
-    if SPLIT:
-        diagonal = tl.cdiv(last, QUERIES) * QUERIES
-    clear = tl.minimum(tl.load(limits + first), first + window) // QUERIES * QUERIES
-    return high, first // QUERIES * QUERIES, tl.minimum(diagonal, end), diagonal, tl.maximum(diagonal, clear), end
+def _lowest(limits, at, window):
+    return tl.maximum(tl.load(limits + at), at - window + 1)
 
 
 @triton.jit
-def _attend(sums, total, queries, k, v, column, begin, end, row, low, factor, offset, MASKED: tl.constexpr,
-            KEYS: tl.constexpr):
-    """Adds Σ p v and Σ p over keys begin … end. p = 2^(factor · q·k − offset)."""
-    for n in tl.range(begin, end, KEYS):
-        p = _exp2(_dot(queries, k.load([n, column]).T) * factor - offset)
-        if MASKED:
-            key = n + tl.arange(0, KEYS)
-            p = tl.where((key[None, :] >= low[:, None]) & (key[None, :] <= row[:, None]), p, 0.0)
-        total += tl.sum(p, 1)
-        values = v.load([n, column])
-        sums = _dot(p.to(values.dtype), values, sums)
-    return sums, total
+def _highest(limits, at, window, T):
+    return tl.minimum(tl.load(limits + T + at), at + window)
 
 
 @triton.jit(do_not_specialize=["window"])
-def _forward_kernel(q, k, v, limits, y, lse, T, window, factor, offset, SPLIT: tl.constexpr, QUERIES: tl.constexpr,
+def _forward_kernel(q, k, v, limits, y, lse, T, window, factor, offset, BRANCH: tl.constexpr, QUERIES: tl.constexpr,
                     KEYS: tl.constexpr, D: tl.constexpr):
     """y and log₂ Σ 2^(factor · q·k). Programs (heads, blocks of queries): neighbours share keys in the L2 cache."""
-    head, first = tl.program_id(0), tl.program_id(1) * QUERIES
-    heads, column = tl.num_programs(0), tl.program_id(0) * D
+    first, heads, column = tl.program_id(1) * QUERIES, tl.num_programs(0), tl.program_id(0) * D
+    last = tl.minimum(first + QUERIES, T) - 1
     row = first + tl.arange(0, QUERIES)
-    low, begin, edge, clear, end = _key_range(limits, first, window, T, QUERIES, KEYS, SPLIT)
+    low = _lowest(limits, tl.minimum(row, last), window)
+    clear = _lowest(limits, last, window)
     queries = q.load([first, column])
     sums, total = tl.zeros((QUERIES, D), dtype=tl.float32), tl.zeros((QUERIES,), dtype=tl.float32)
-    sums, total = _attend(sums, total, queries, k, v, column, begin, edge, row, low, factor, offset, True, KEYS)
-    if SPLIT:
-        sums, total = _attend(sums, total, queries, k, v, column, edge, clear, row, low, factor, offset, False, KEYS)
-        sums, total = _attend(sums, total, queries, k, v, column, clear, end, row, low, factor, offset, True, KEYS)
+    for n in tl.range(_lowest(limits, first, window) // KEYS * KEYS, last + 1, KEYS):
+        p = _exp2(_dot(queries, k.load([n, column]).T) * factor - offset)
+        p = _masked(p, n, clear, first + 1, low, row + 1, BRANCH, KEYS)
+        total += tl.sum(p, 1)
+        values = v.load([n, column])
+        sums = _dot(p.to(values.dtype), values, sums)
     # The promise assures a sum of 2^(−2 offset) at least; a factor of 16 is for what rounding adds to scores.
     kept = (total >= tl.exp2(-2 * offset - 4)) & (total < float("inf"))
     total = tl.where(kept, total, float("nan"))
     at, inside = _rows(y + column, first, heads * D, T, QUERIES, D)
     tl.store(at, (sums / total[:, None]).to(y.dtype.element_ty), mask=inside)
-    tl.store(lse + head.to(tl.int64) * T + row, tl.log2(total) + offset, mask=row < T)
-
-
-@triton.jit
-def _descend_queries(dq, queries, slopes, lse, delta, k, v, column, begin, end, row, low, factor, MASKED: tl.constexpr,
-                     KEYS: tl.constexpr):
-    """Adds Σ dS k over keys begin … end."""
-    for n in tl.range(begin, end, KEYS):
-        keys = k.load([n, column])
-        p = _exp2(_dot(queries, keys.T) * factor - lse[:, None])
-        if MASKED:
-            key = n + tl.arange(0, KEYS)
-            p = tl.where((key[None, :] >= low[:, None]) & (key[None, :] <= row[:, None]), p, 0.0)
-        p *= _dot(slopes, v.load([n, column]).T) - delta[:, None]
-        dq = _dot(p.to(keys.dtype), keys, dq)
-    return dq
+    tl.store(lse + tl.program_id(0).to(tl.int64) * T + row, tl.log2(total) + offset, mask=row < T)
 
 
 @triton.jit(do_not_specialize=["window"])
-def _dq_kernel(q, k, v, limits, y, lse, dy, dq, delta, T, window, factor, scale, SPLIT: tl.constexpr,
+def _dq_kernel(q, k, v, limits, y, lse, dy, dq, delta, T, window, factor, scale, BRANCH: tl.constexpr,
                QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr):
     """dq and δ. Programs as of _forward_kernel."""
     first, heads, column = tl.program_id(1) * QUERIES, tl.num_programs(0), tl.program_id(0) * D
+    last = tl.minimum(first + QUERIES, T) - 1
     row = first + tl.arange(0, QUERIES)
+    low = _lowest(limits, tl.minimum(row, last), window)
+    clear = _lowest(limits, last, window)
     here = tl.program_id(0).to(tl.int64) * T + row
-    low, begin, edge, clear, end = _key_range(limits, first, window, T, QUERIES, KEYS, SPLIT)
     slopes = dy.load([first, column])
     at, inside = _rows(y + column, first, heads * D, T, QUERIES, D)
     along = tl.sum(slopes.to(tl.float32) * tl.load(at, mask=inside, other=0.0).to(tl.float32), 1)
@@ -204,54 +173,38 @@ def _dq_kernel(q, k, v, limits, y, lse, dy, dq, delta, T, window, factor, scale,
     logs = tl.load(lse + here, mask=row < T, other=0.0)
     queries = q.load([first, column])
     sums = tl.zeros((QUERIES, D), dtype=tl.float32)
-    sums = _descend_queries(sums, queries, slopes, logs, along, k, v, column, begin, edge, row, low, factor, True, KEYS)
-    if SPLIT:
-        sums = _descend_queries(sums, queries, slopes, logs, along, k, v, column, edge, clear, row, low, factor, False,
-                                KEYS)
-        sums = _descend_queries(sums, queries, slopes, logs, along, k, v, column, clear, end, row, low, factor, True,
-                                KEYS)
+    for n in tl.range(_lowest(limits, first, window) // KEYS * KEYS, last + 1, KEYS):
+        keys = k.load([n, column])
+        p = _exp2(_dot(queries, keys.T) * factor - logs[:, None])
+        p = _masked(p, n, clear, first + 1, low, row + 1, BRANCH, KEYS)
+        p *= _dot(slopes, v.load([n, column]).T) - along[:, None]
+        sums = _dot(p.to(keys.dtype), keys, sums)
     at, inside = _rows(dq + column, first, heads * D, T, QUERIES, D)
     tl.store(at, (sums * scale).to(dq.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _descend_keys(dk, dv, keys, values, q, dy, lse, delta, column, begin, end, key, high, T, factor,
-                  MASKED: tl.constexpr, QUERIES: tl.constexpr):
-    """Adds Σ dS q and Σ P dy over queries begin … end. Scores are (keys, queries): P and dS stay in registers."""
-    for m in tl.range(begin, end, QUERIES):
-        queries, slopes = q.load([m, column]), dy.load([m, column])
-        row = m + tl.arange(0, QUERIES)
-        if MASKED:
-            logs, along = tl.load(lse + row, mask=row < T, other=0.0), tl.load(delta + row, mask=row < T, other=0.0)
-        else:
-            logs, along = tl.load(lse + row), tl.load(delta + row)
-        p = _exp2(_dot(keys, queries.T) * factor - logs[None, :])
-        if MASKED:
-            p = tl.where((row[None, :] >= key[:, None]) & (row[None, :] < high[:, None]), p, 0.0)
-        dv = _dot(p.to(slopes.dtype), slopes, dv)
-        p *= _dot(values, slopes.T) - along[None, :]
-        dk = _dot(p.to(queries.dtype), queries, dk)
-    return dk, dv
-
-
 @triton.jit(do_not_specialize=["window"])
-def _dkdv_kernel(q, k, v, limits, lse, dy, delta, dk, dv, T, window, factor, scale, SPLIT: tl.constexpr,
+def _dkdv_kernel(q, k, v, limits, lse, dy, delta, dk, dv, T, window, factor, scale, BRANCH: tl.constexpr,
                  QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr):
-    """dk and dv. Programs (heads, blocks of keys)."""
+    """dk and dv. Programs (heads, blocks of keys). Scores are (keys, queries): so P and dS stay in registers."""
     first, heads, column = tl.program_id(1) * KEYS, tl.num_programs(0), tl.program_id(0) * D
+    last = tl.minimum(first + KEYS, T) - 1
+    key = first + tl.arange(0, KEYS)
+    high = _highest(limits, tl.minimum(key, last), window, T)
+    clear = _highest(limits, first, window, T)
     lse += tl.program_id(0).to(tl.int64) * T
     delta += tl.program_id(0).to(tl.int64) * T
-    key = first + tl.arange(0, KEYS)
-    high, begin, edge, diagonal, clear, end = _query_range(limits, first, window, T, QUERIES, KEYS, SPLIT)
     keys, values = k.load([first, column]), v.load([first, column])
     dkeys, dvalues = tl.zeros((KEYS, D), dtype=tl.float32), tl.zeros((KEYS, D), dtype=tl.float32)
-    dkeys, dvalues = _descend_keys(dkeys, dvalues, keys, values, q, dy, lse, delta, column, begin, edge, key, high, T,
-                                   factor, True, QUERIES)
-    if SPLIT:
-        dkeys, dvalues = _descend_keys(dkeys, dvalues, keys, values, q, dy, lse, delta, column, diagonal, clear, key,
-                                       high, T, factor, False, QUERIES)
-        dkeys, dvalues = _descend_keys(dkeys, dvalues, keys, values, q, dy, lse, delta, column, clear, end, key, high,
-                                       T, factor, True, QUERIES)
+    for m in tl.range(first // QUERIES * QUERIES, _highest(limits, last, window, T), QUERIES):
+        queries, slopes = q.load([m, column]), dy.load([m, column])
+        row = m + tl.arange(0, QUERIES)
+        logs, along = tl.load(lse + row, mask=row < T, other=0.0), tl.load(delta + row, mask=row < T, other=0.0)
+        p = _exp2(_dot(keys, queries.T) * factor - logs[None, :])
+        p = _masked(p, m, last, clear, key, high, BRANCH, QUERIES)
+        dvalues = _dot(p.to(slopes.dtype), slopes, dvalues)
+        p *= _dot(values, slopes.T) - along[None, :]
+        dkeys = _dot(p.to(queries.dtype), queries, dkeys)
     at, inside = _rows(dk + column, first, heads * D, T, KEYS, D)
     tl.store(at, (dkeys * scale).to(dk.dtype.element_ty), mask=inside)
     at, inside = _rows(dv + column, first, heads * D, T, KEYS, D)
@@ -290,7 +243,7 @@ def _plan(name: str, x: Tensor) -> tuple[tuple[int, int], dict]:
     cut, (tokens, heads, head_dim) = CUTS[name], x.shape
     blocks = triton.cdiv(tokens, cut.keys if name == "dkdv" else cut.queries)
     options = dict(num_warps=cut.warps, num_stages=cut.stages) | ({"maxnreg": cut.registers} if cut.registers else {})
-    return (heads, blocks), dict(SPLIT=cut.split, QUERIES=cut.queries, KEYS=cut.keys, D=head_dim, **options)
+    return (heads, blocks), dict(BRANCH=cut.branch, QUERIES=cut.queries, KEYS=cut.keys, D=head_dim, **options)
 
 
 def _dense(x: Tensor) -> Tensor:
