@@ -152,7 +152,7 @@ def _forward_kernel(q, k, v, limits, y, lse, T, window, factor, offset, BRANCH: 
     kept = (total >= tl.exp2(-2 * offset - 4)) & (total < float("inf"))
     total = tl.where(kept, total, float("nan"))
     at, inside = _rows(y + column, first, heads * D, T, QUERIES, D)
-    tl.store(at, (sums / total[:, None]).to(y.dtype.element_ty), mask=inside)
+    tl.store(at, (sums * (1.0 / total)[:, None]).to(y.dtype.element_ty), mask=inside)
     tl.store(lse + tl.program_id(0).to(tl.int64) * T + row, tl.log2(total) + offset, mask=row < T)
 
 

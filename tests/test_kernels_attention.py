@@ -18,20 +18,21 @@ SCALE = 0.3
 MANY = [0, 1, 2, 3, 9, 10, 26, 27, 32, 33, 77, 78, 101]  # short ones, at edges of tiles too; a long one; a short last
 CASES = {"many documents": (MANY, 1000), "many documents, a window": (MANY, 7), "a window of one": (MANY, 1),
          "one document": ([0, 96], 1000), "one document, a window": ([0, 101], 37),
-         "a window one less than a tile": ([0, 98], 15), "a window as wide as a tile": ([0, 64, 128], 32), "empty documents": ([0, 0, 20, 20, 20, 50, 50], 9),
+         "a window one less than a tile": ([0, 98], 15), "a window as wide as a tile": ([0, 64, 128], 32),
+         "empty documents": ([0, 0, 20, 20, 20, 50, 50], 9),
          "single tokens": (list(range(35)), 4), "one token": ([0, 1], 3)}
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch, request):
     if "gpu" not in request.keywords:
-        use(monkeypatch, True)
+        use(monkeypatch, (32, 16), True)
 
 
-def use(monkeypatch, branch):
-    cuts = dict(forward=Cut(32, 16, 4, branch=branch), dq=Cut(32, 16, 4, branch=branch),
-                dkdv=Cut(16, 32, 4, branch=branch))
-    monkeypatch.setattr(module, "CUTS", cuts)
+def use(monkeypatch, tile, branch):
+    """tile: rows that a program keeps, and those it walks."""
+    queries, keys = Cut(*tile, 4, branch=branch), Cut(*tile[::-1], 4, branch=branch)
+    monkeypatch.setattr(module, "CUTS", dict(forward=queries, dq=queries, dkdv=keys))
 
 
 def tensors(tokens, heads=2, head_dim=16, seed=0):
@@ -65,10 +66,10 @@ def errors(found, truth):
     return [((a.double() - b).abs().max() / b.abs().max().clamp(min=1)).item() for a, b in zip(found, truth, strict=True)]
 
 
-@pytest.mark.parametrize("branch", [True, False])
+@pytest.mark.parametrize("tile, branch", [((32, 16), True), ((16, 32), True), ((32, 32), False)])
 @pytest.mark.parametrize("case", CASES)
-def test_results_and_gradients(case, branch, monkeypatch):
-    use(monkeypatch, branch)
+def test_results_and_gradients(case, tile, branch, monkeypatch):
+    use(monkeypatch, tile, branch)
     edges, window = CASES[case]
     given = tensors(edges[-1])
     found = run(ours(edges, window), torch.float32, *given)
