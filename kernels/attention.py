@@ -13,7 +13,10 @@ There is no running maximum: q and k are RMS-normalised here, so no score lies o
 the maximum. Nothing is rescaled on the way. With bound ≤ 36 each p is at least exp(−72), which float32 and bfloat16
 hold with a margin of 2^22; float16 does not and is refused. Where a score does lie outside, results are exact as long
 as float32 can hold them; a row whose sum has left what float32 holds, or is below what the promise assures, is NaN, as
-are its gradients: the loss shows it. So are rows of tokens that no document holds.
+are its gradients and those of keys beside it: the loss shows it. So are rows of tokens that no document holds.
+
+Rows come through the copy engine (TMA), which takes no registers for their addresses. A kernel walks tiles in one loop,
+with a branch round the mask: a loop each for the edges and the middle would fill its pipeline three times.
 
 Backward takes seven products where five would do, but no atomics: the same input gives the same bits. dq comes first
 and leaves δ for the other kernel. Products are of the inputs' dtype (P and dS are rounded to it), sums float32.
@@ -214,8 +217,9 @@ def _dkdv_kernel(q, k, v, limits, lse, dy, delta, dk, dv, T, window, factor, sca
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, *, scale: float, bound: float) -> Tensor:
     """Token i sees j with i − window < j ≤ i in its own document. Result (tokens, heads, head_dim); differentiable.
 
-    q, k, v    (tokens, heads, head_dim) bfloat16 or float32, head_dim 16, 32, 64 or 128; slices of one tensor
-               (tokens, 3, heads, head_dim) are taken as they are; what is laid out otherwise is copied
+    q, k, v    (tokens, heads, head_dim) bfloat16, head_dim 16, 32, 64 or 128; slices of one tensor
+               (tokens, 3, heads, head_dim) are taken as they are; what is laid out otherwise is copied. float32 is for
+               tests: its tiles outgrow a GPU's shared memory unless CUTS are smaller
     documents  bounds(cu_seqlens, tokens), once for all layers
     window     at least 1; it can change from call to call without a compilation
     bound      promise that no |scale · q·k| is larger, in nats, at most 36: scale · |q| · |k|. A looser one costs
@@ -233,7 +237,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, *
     if window < 1:
         raise ValueError(f"attention window={window}: expected 1 (a token sees itself) or more")
     if not 0 < bound <= MOST_BOUND:
-        raise ValueError(f"attention bound={bound}: expected scale · |q| · |k|, more than 0 and at most {MOST_BOUND:g}, "
+        raise ValueError(f"attention bound={bound}: expected scale · |q| · |k|, above 0 and at most {MOST_BOUND:g}, "
                          f"else exp leaves float32; normalise q and k, or lower scale={scale}")
     return _forward(q, k, v, documents, window, scale, bound)[0]
 
@@ -291,8 +295,8 @@ def _backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, y:
         of_q, of_dy = _described(q, cut.queries), _described(dy, cut.queries)
         of_k, of_v = _described(k, cut.keys), _described(v, cut.keys)
         if name == "dq":
-            _dq_kernel[grid](of_q, of_k, of_v, documents, y, lse, of_dy, dq, delta, tokens, window, scale * LOG2E, scale,
-                             **constants)
+            _dq_kernel[grid](of_q, of_k, of_v, documents, y, lse, of_dy, dq, delta, tokens, window, scale * LOG2E,
+                             scale, **constants)
         else:
             _dkdv_kernel[grid](of_q, of_k, of_v, documents, lse, of_dy, delta, dk, dv, tokens, window, scale * LOG2E,
                                scale, **constants)
