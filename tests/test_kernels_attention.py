@@ -18,7 +18,7 @@ SCALE = 0.3
 MANY = [0, 1, 2, 3, 9, 10, 26, 27, 32, 33, 77, 78, 101]  # short ones, at edges of tiles too; a long one; a short last
 CASES = {"many documents": (MANY, 1000), "many documents, a window": (MANY, 7), "a window of one": (MANY, 1),
          "one document": ([0, 96], 1000), "one document, a window": ([0, 101], 37),
-         "a window one less than a tile": ([0, 98], 15), "a window as wide as a tile": ([0, 64, 128], 32),
+         "a window one less than three tiles": ([0, 98], 47), "a window as wide as a tile": ([0, 64, 128], 32),
          "empty documents": ([0, 0, 20, 20, 20, 50, 50], 9),
          "single tokens": (list(range(35)), 4), "one token": ([0, 1], 3)}
 
