@@ -151,8 +151,9 @@ def _forward_kernel(q, k, v, limits, y, lse, T, window, factor, offset, BRANCH: 
         total += tl.sum(p, 1)
         values = v.load([n, column])
         sums = _dot(p.to(values.dtype), values, sums)
-    # The promise assures a sum of 2^(−2 offset) at least; a factor of 16 is for what rounding adds to scores.
-    kept = (total >= tl.exp2(-2 * offset - 4)) & (total < float("inf"))
+    # The promise assures a sum of 2^(−2 offset) at least; a factor of 16 is for what rounding adds to scores. Beyond
+    # 2^126 a GPU may take the inverse for 0.
+    kept = (total >= tl.exp2(-2 * offset - 4)) & (total <= 8.507059173023462e37)
     total = tl.where(kept, total, float("nan"))
     at, inside = _rows(y + column, first, heads * D, T, QUERIES, D)
     tl.store(at, (sums * (1.0 / total)[:, None]).to(y.dtype.element_ty), mask=inside)

@@ -7,7 +7,7 @@
 Times are medians by CUDA events, milliseconds; those of single kernels come from the profiler. A visible pair, of a
 token and one that it sees, takes 4 · head_dim FLOPs a head forward, 10 backward: TFLOP/s are of those alone, for both,
 whatever is computed beside them. `tiles` says how many pairs lie in the tiles that are computed, by one that is
-visible. q, k, v are slices of one tensor, and v is contiguous, as in train_gpt.py. What is best goes into CUTS.
+visible. q, k and v are contiguous, as train_gpt.py's are. What is best goes into CUTS.
 """
 
 import argparse
@@ -77,15 +77,14 @@ def tiled(limits: Tensor, window: int, cut: Cut, by_keys: bool) -> int:
 
 
 class Case:
-    """A stream of documents and what attends to it: q, k, v as train_gpt.py makes them, and dy."""
+    """A stream of documents, and q, k, v and dy for it."""
 
     def __init__(self, tokens: int, heads: int, head_dim: int, device: str = "cuda"):
         generator = torch.Generator(device).manual_seed(0)
         made = torch.randn(tokens, 4, heads, head_dim, generator=generator, device=device)
         made[:, :2] = F.rms_norm(made[:, :2], (head_dim,))
         made = made.bfloat16()
-        self.q, self.k, v, self.dy = made.unbind(1)
-        self.v, self.dy = v.contiguous(), self.dy.contiguous()
+        self.q, self.k, self.v, self.dy = (x.contiguous() for x in made.unbind(1))
         for x in (self.q, self.k, self.v):
             x.requires_grad_()
         self.cu_seqlens = documents_of(tokens).to(device)

@@ -92,8 +92,11 @@ def test_half_precision_and_wide_heads(head_dim):
 def test_the_same_as_the_attention_of_train_gpt(window):
     given, edges = tensors(70), [0, 3, 50, 70]
     cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=DEVICE)
-    eager = lambda q, k, v: train_gpt.blockwise_attention(q, k, v, cu_seqlens, window, SCALE)
-    truth = run(eager, torch.float64, *given)
+
+    def theirs(q, k, v):
+        return train_gpt.blockwise_attention(q, k, v, cu_seqlens, window, SCALE)
+
+    truth = run(theirs, torch.float64, *given)
     assert max(errors(run(ours(edges, window), torch.float32, *given), truth)) < 3e-6
 
 
@@ -159,7 +162,7 @@ def test_scores_beyond_the_bound_are_right_while_float32_holds_them():
 
 @pytest.mark.parametrize("score, small", [(200.0, 1.0), (-80.0, 1.0), (108.4, 1e-30)], ids=["high", "low", "sums only"])
 def test_a_broken_promise_is_not_a_number(score, small):
-    """small: values so small that the sum of exponentials overflows, and what is divided by it does not."""
+    """small: of values, so that sums of exponentials leave float32 and those with values do not."""
     q, k, v, dy = (x.float() for x in tensors(70))
     k, v = q / q.square().sum(-1, keepdim=True), v * small  # of a score of 1 with itself
     k[30:], q[30:] = k[40:41], q[40:41]
@@ -167,9 +170,9 @@ def test_a_broken_promise_is_not_a_number(score, small):
     given = [x.requires_grad_() for x in (q, k, v)]
     y = ours([0, 30, 60, 70], 1000, 1.0, bound=20.0)(*given)
     broken = y.isnan().all(-1).all(-1)
-    assert broken[35:60].all() and not broken[:30].any() and not broken[60:].any()
+    assert broken[30:60].all() and not broken[:30].any() and not broken[60:].any()
     dq, dk, dv = torch.autograd.grad(y, given, dy)
-    assert all(x[35:60].isnan().all() for x in (dq, dk, dv)) and dq[:30].isfinite().all() and dq[60:].isfinite().all()
+    assert all(x[30:60].isnan().all() for x in (dq, dk, dv)) and dq[:30].isfinite().all() and dq[60:].isfinite().all()
 
 
 def test_not_a_number_goes_to_those_that_see_it():
