@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt
 from kernels import attention as module
+from kernels import bench_attention
 from kernels.attention import Cut, attention, attention_eager, bounds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -160,6 +161,7 @@ def test_scores_beyond_the_bound_are_right_while_float32_holds_them():
     assert max(errors(found, run(eager([0, 30, 70], 20, 4.0), torch.float64, *given))) < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
 @pytest.mark.parametrize("score, small", [(200.0, 1.0), (-80.0, 1.0), (108.4, 1e-30)], ids=["high", "low", "sums only"])
 def test_a_broken_promise_is_not_a_number(score, small):
     """small: of values, so that sums of exponentials leave float32 and those with values do not."""
@@ -222,6 +224,18 @@ def test_one_graph_for_all_windows():
         truth = run(lambda q, k, v: eager([0, 11, 33], window)(2 * q, k, v).sin(), torch.float64, q, k, v, dy)
         assert max(errors(found, truth)) < 5e-6
     assert counter.frame_count <= 2  # the first window is taken for a constant, the second shows that it is none
+
+
+def test_the_bench_counts_pairs_and_tiles():
+    limits, token = bounds(torch.tensor(MANY), 101), torch.arange(101)
+    seen = (token <= token[:, None]) & (token > token[:, None] - 20) & (limits[0] == limits[0][:, None])
+    assert bench_attention.pairs(limits, 20) == seen.sum()
+    for by_keys, cut in ((False, Cut(32, 16)), (True, Cut(16, 32))):
+        blocks = (seen.T if by_keys else seen).split(32)
+        reach = [(block.any(0).nonzero().min() // 16, block.any(0).nonzero().max() // 16) for block in blocks]
+        assert bench_attention.tiled(limits, 20, cut, by_keys) == 512 * sum(int(b - a) + 1 for a, b in reach)
+    edges = bench_attention.documents_of(65536)
+    assert edges[-1] == 65536 and len(edges) == 85 and edges.diff().median() == 283 and edges.diff().max() == 2048
 
 
 @pytest.mark.gpu
