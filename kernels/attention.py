@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .fp8 import INTERPRETED
+from .instructions import INTERPRETED, exp2
 
 DTYPES = (torch.bfloat16, torch.float32)
 HEAD_DIMS = (16, 32, 64, 128)
@@ -89,14 +89,6 @@ def attention_eager(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window:
 
 
 @triton.jit
-def _exp2(x):
-    """2^x; the GPU's instruction, 2 units in the last place. Below 2^−126 it is 0, which saves two instructions."""
-    if INTERPRETED:
-        return tl.exp2(x)
-    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
 def _dot(a, b, sums=None):
     if INTERPRETED:  # it holds bfloat16 as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -134,19 +126,25 @@ def _highest(limits, at, window, T):
     return tl.minimum(tl.load(limits + T + at), at + window)
 
 
+@triton.jit
+def _keys_of(limits, first, window, T, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """(rows, lowest key of each, first tile of keys, lowest key that all rows see, end) of a block of queries."""
+    last = tl.minimum(first + QUERIES, T) - 1
+    row = first + tl.arange(0, QUERIES)
+    low = _lowest(limits, tl.minimum(row, last), window)
+    return row, low, _lowest(limits, first, window) // KEYS * KEYS, _lowest(limits, last, window), last + 1
+
+
 @triton.jit(do_not_specialize=["window"])
 def _forward_kernel(q, k, v, limits, y, lse, T, window, factor, offset, BRANCH: tl.constexpr, QUERIES: tl.constexpr,
                     KEYS: tl.constexpr, D: tl.constexpr):
     """y and log₂ Σ 2^(factor · q·k). Programs (heads, blocks of queries): neighbours share keys in the L2 cache."""
     first, heads, column = tl.program_id(1) * QUERIES, tl.num_programs(0), tl.program_id(0) * D
-    last = tl.minimum(first + QUERIES, T) - 1
-    row = first + tl.arange(0, QUERIES)
-    low = _lowest(limits, tl.minimum(row, last), window)
-    clear = _lowest(limits, last, window)
+    row, low, begin, clear, end = _keys_of(limits, first, window, T, QUERIES, KEYS)
     queries = q.load([first, column])
     sums, total = tl.zeros((QUERIES, D), dtype=tl.float32), tl.zeros((QUERIES,), dtype=tl.float32)
-    for n in tl.range(_lowest(limits, first, window) // KEYS * KEYS, last + 1, KEYS):
-        p = _exp2(_dot(queries, k.load([n, column]).T) * factor - offset)
+    for n in tl.range(begin, end, KEYS):
+        p = exp2(_dot(queries, k.load([n, column]).T) * factor - offset)
         p = _masked(p, n, clear, first + 1, low, row + 1, BRANCH, KEYS)
         total += tl.sum(p, 1)
         values = v.load([n, column])
@@ -165,10 +163,7 @@ def _dq_kernel(q, k, v, limits, y, lse, dy, dq, delta, T, window, factor, scale,
                QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr):
     """dq and δ. Programs as of _forward_kernel."""
     first, heads, column = tl.program_id(1) * QUERIES, tl.num_programs(0), tl.program_id(0) * D
-    last = tl.minimum(first + QUERIES, T) - 1
-    row = first + tl.arange(0, QUERIES)
-    low = _lowest(limits, tl.minimum(row, last), window)
-    clear = _lowest(limits, last, window)
+    row, low, begin, clear, end = _keys_of(limits, first, window, T, QUERIES, KEYS)
     here = tl.program_id(0).to(tl.int64) * T + row
     slopes = dy.load([first, column])
     at, inside = _rows(y + column, first, heads * D, T, QUERIES, D)
@@ -177,9 +172,9 @@ def _dq_kernel(q, k, v, limits, y, lse, dy, dq, delta, T, window, factor, scale,
     logs = tl.load(lse + here, mask=row < T, other=0.0)
     queries = q.load([first, column])
     sums = tl.zeros((QUERIES, D), dtype=tl.float32)
-    for n in tl.range(_lowest(limits, first, window) // KEYS * KEYS, last + 1, KEYS):
+    for n in tl.range(begin, end, KEYS):
         keys = k.load([n, column])
-        p = _exp2(_dot(queries, keys.T) * factor - logs[:, None])
+        p = exp2(_dot(queries, keys.T) * factor - logs[:, None])
         p = _masked(p, n, clear, first + 1, low, row + 1, BRANCH, KEYS)
         p *= _dot(slopes, v.load([n, column]).T) - along[:, None]
         sums = _dot(p.to(keys.dtype), keys, sums)
@@ -204,7 +199,7 @@ def _dkdv_kernel(q, k, v, limits, lse, dy, delta, dk, dv, T, window, factor, sca
         queries, slopes = q.load([m, column]), dy.load([m, column])
         row = m + tl.arange(0, QUERIES)
         logs, along = tl.load(lse + row, mask=row < T, other=0.0), tl.load(delta + row, mask=row < T, other=0.0)
-        p = _exp2(_dot(keys, queries.T) * factor - logs[None, :])
+        p = exp2(_dot(keys, queries.T) * factor - logs[None, :])
         p = _masked(p, m, last, clear, key, high, BRANCH, QUERIES)
         dvalues = _dot(p.to(slopes.dtype), slopes, dvalues)
         p *= _dot(values, slopes.T) - along[None, :]

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fp8 import INTERPRETED
+from .instructions import exp2, inverse
 
 COLUMNS = ("image", "flip", "down", "right", "cut row", "cut column")  # of the table; the last two: upper left corner
 SIZE = 32
@@ -78,22 +78,6 @@ def whiten_eager(images: Tensor, table: Tensor, cut: int, weight: Tensor, bias: 
 # By tl.erf and tl.exp, GELU and its derivative are 32 and 40 instructions; an H200 issues 32 for each value while four
 # bytes of it, in and out, pass through its memory. These are 10 and 15.
 @triton.jit
-def _exp2(x):
-    """2ˣ to 22 bits; what is below 2⁻¹²⁶ is 0."""
-    if INTERPRETED:
-        return tl.exp2(x)
-    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _inverse(x):
-    """1 / x to 23 bits."""
-    if INTERPRETED:
-        return 1 / x
-    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
 def _polynomial(t, coefficients: tl.constexpr, DEGREE: tl.constexpr):
     """Coefficients of falling powers, by Horner's rule."""
     value = t * coefficients[0] + coefficients[1]
@@ -110,9 +94,9 @@ def activated(z, SILU: tl.constexpr):
     of degree 6 on [0, 6] errs by less than 6e-7, and of results above 1e-7 by less than a part in 4500.
     """
     if SILU:
-        return z * _inverse(1 + _exp2(z * -1.4426950408889634))
+        return z * inverse(1 + exp2(z * -1.4426950408889634))
     t = tl.minimum(tl.abs(z), 6.0)
-    tail = _exp2(_polynomial(t, TAIL, 6))
+    tail = exp2(_polynomial(t, TAIL, 6))
     return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) - t * tail
 
 
@@ -124,10 +108,10 @@ def activated_slope(z, SILU: tl.constexpr):
     ratio, so smooth that M(t) − t may be a polynomial.
     """
     if SILU:
-        s = _inverse(1 + _exp2(z * -1.4426950408889634))
+        s = inverse(1 + exp2(z * -1.4426950408889634))
         return s * (1 + (z - z * s))
     t = tl.minimum(tl.abs(z), 6.0)
-    half = 0.5 + _exp2(t * (t * -0.7213475204444817)) * _polynomial(t, MILLS, 8)
+    half = 0.5 + exp2(t * (t * -0.7213475204444817)) * _polynomial(t, MILLS, 8)
     sign = z.to(tl.int32, bitcast=True) & -2147483648
     return 0.5 + (half.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)  # half is above 0
 

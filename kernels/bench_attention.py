@@ -12,18 +12,16 @@ visible. q, k and v are contiguous, as train_gpt.py's are. What is best goes int
 
 import argparse
 import math
-import statistics
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from . import attention as module
 from . import why_not
 from .attention import Cut, attention, attention_eager, bounds
+from .launches import kernel_us
 
 SCALE, LONGEST = 0.12, 2048
 KERNELS = ("forward", "dq", "dkdv")
@@ -118,22 +116,12 @@ def kernel_ms(case: Case, windows: list[int], samples: int,
         for window in windows:
             case.results(case.ours, window)
 
-    work()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        for _ in range(samples):
-            work()
-        torch.cuda.synchronize()
-    events = sorted((event for event in profiler.events() if event.device_type == DeviceType.CUDA),
-                    key=lambda event: event.time_range.start)
-    found = {}
-    for kernel in wanted:
-        times = [event.time_range.elapsed_us() / 1e3 for event in events if event.name == f"_{kernel}_kernel"]
-        if len(times) != samples * len(windows):
-            raise RuntimeError(f"the profiler saw {len(times)} launches of {kernel}, not {samples * len(windows)}; "
-                               f"change --samples")
-        found[kernel] = [statistics.median(times[i::len(windows)]) for i in range(len(windows))]
-    return found
+    found = kernel_us(work, wanted, samples)
+    for kernel, times in found.items():
+        if len(times) != len(windows):
+            raise RuntimeError(f"the profiler saw {len(times)} launches of {kernel} for {len(windows)} windows; change "
+                               "--samples")
+    return {kernel: [us / 1e3 for us in times] for kernel, times in found.items()}
 
 
 def show_errors(heads: int, head_dim: int, windows: list[int]) -> None:

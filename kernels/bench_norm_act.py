@@ -10,15 +10,13 @@ a copy reaches on an H200. A cut that is best here goes into CUTS, WHITEN or WHI
 """
 
 import argparse
-import statistics
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from . import augment, norm_act, why_not
+from .launches import kernel_us
 from .norm_act import Cut
 
 COPY_TB_PER_S = 4.2
@@ -82,26 +80,6 @@ def layers(batch: int, widths: list[int]) -> list[Layer]:
         side //= 2
         made.append(Layer(normal(channels, side), normal(channels, side), False))
     return made
-
-
-def kernel_us(work, kernels: tuple[str, ...], samples: int) -> dict[str, list[float]]:
-    """Kernel -> microseconds of each of its launches in a call of `work`, in order; the median of `samples` calls."""
-    work()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        for _ in range(samples):
-            work()
-        torch.cuda.synchronize()
-    events = sorted((event for event in profiler.events() if event.device_type == DeviceType.CUDA),
-                    key=lambda event: event.time_range.start)
-    found = {}
-    for kernel in kernels:
-        times = [event.time_range.elapsed_us() for event in events if event.name == f"_{kernel}_kernel"]
-        count, rest = divmod(len(times), samples)
-        if rest or not count:
-            raise RuntimeError(f"the profiler saw {len(times)} launches of {kernel} in {samples} calls; change --samples")
-        found[kernel] = [statistics.median(times[i::count]) for i in range(count)]
-    return found
 
 
 def measure(network: list[Layer], act: str, samples: int) -> dict[str, list[float]]:

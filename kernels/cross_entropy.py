@@ -40,7 +40,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import why_not
-from .fp8 import E5M2, INTERPRETED, MULTIPLE, quantised, store_both
+from .fp8 import E5M2, MULTIPLE, quantised, store_both
+from .instructions import INTERPRETED
 
 PRECISIONS = ("bfloat16", "fp8")
 ROWS = 32768  # tokens whose logits exist at a time: 3.3 GB at a vocabulary of 50304. cuBLAS is as fast with 65536

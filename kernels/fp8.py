@@ -7,16 +7,15 @@ products along different dimensions is needed both ways. The scale is found on t
 Eager twin: quantised_eager.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .instructions import INTERPRETED
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2  # 4 significant bits up to 448; 3 up to 57344
 MULTIPLE = 16  # of which every side must be, for cuBLAS
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # it knows no assembly
 _ROWS, _COLUMNS = 64, 128  # of a tile
 
 
