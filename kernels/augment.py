@@ -29,8 +29,8 @@ SIZE = 32
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the training images, as fractions of 255
 TAPS = 12  # of a filter: 2×2 pixels of three colours
 ACTIVATIONS = ("gelu", "silu")
-WHITEN = dict(BLOCK=128, PARTS=4)  # places at a time, programs to an image
-WHITEN_BIAS = dict(BLOCK=128, PARTS=2, maxnreg=128)  # else 153 registers, and a quarter fewer programs at a time
+WHITEN = dict(BLOCK=128, PARTS=4, maxnreg=72)  # places at a time, programs to an image; as tuned on an H200
+WHITEN_BIAS = dict(BLOCK=128, PARTS=1, maxnreg=128)
 # Minimax polynomials on [0, 6], highest power first (linear programs in float64): log₂ Φ(−t), relative to
 # max(t Φ(−t), 0.002), and (t − M(t)) / √2π, relative to exp(t² / 2).
 TAIL = tl.constexpr((2.88678428e-05, -0.00070814406, 0.00778218851, -0.0527692649, -0.459410851, -1.15093023,

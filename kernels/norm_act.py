@@ -42,9 +42,9 @@ class Cut:
 
 
 GROUP = 32  # programs whose sums one of them adds up; as many groups at most
-# By count of registers 7 programs of the two that sum fit on a multiprocessor: 924 are all that an H200 runs at a time.
-CUTS = {"pool": Cut(programs=924, stages=3), "activate": Cut(), "slope_sums": Cut(programs=924, stages=3),
-        "slopes": Cut()}
+# The quickest of those that `python -m kernels.bench_norm_act --tune --act silu` tried on an H200.
+CUTS = {"pool": Cut(elements=512, warps=2, programs=1024, stages=3), "activate": Cut(programs=1056, stages=4),
+        "slope_sums": Cut(programs=528, stages=4), "slopes": Cut(stages=3)}
 
 
 def norm_act_eager(x: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, *, training: bool, pool: bool,
