@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from data import fineweb, local_text, shards
 from data.shards import DataError, TrainLoader, document_token, validation_batches
+from kernels import attention as fused
 from kernels import why_not
 from kernels.cross_entropy import MOST_SCALE, softcapped_cross_entropy
 from optim import OPTIMIZERS, POLARS, NonFiniteError, budgets, get_optimizer, route, route_table
@@ -285,26 +286,32 @@ def stages(s: Settings) -> list[tuple[list[int], str]]:
 # Attention over a stream of documents: causal, within a document, within a window
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_document: int, window: int, scale: float):
+SCALE = 0.12  # of scores, products of q and k of unit norm
+
+
+def most_score(s: Settings) -> float:
+    """What no score exceeds: q and k of size √head_dim, which YaRN sharpens, and a shifted key of two halves."""
+    sharpness = 1 + 0.2 * math.log(s.window / first_window(s)) if s.yarn else 1.0
+    return 1.02 * SCALE * s.width / s.heads * sharpness * (2**0.5 if s.key_shift else 1)  # 1.02: rounding to bfloat16
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, bound: float) -> Tensor:
     """q, k, v and result (tokens, heads, head_dim). Token i sees j with i − window < j ≤ i in its own document.
 
-    cu_seqlens (documents + 1,) int32: where documents begin, and the end. Half precision on a GPU takes torch's varlen
-    FlashAttention; everything else `blockwise_attention`, which computes the same.
+    documents (2, tokens) int32: where the document of each token begins and ends (kernels/attention.py, `bounds`).
+    bound: at least the size of every score. Half precision on a GPU takes that file's kernels; everything else
+    `blockwise_attention`, which computes the same.
     """
     if q.is_cuda and q.dtype != torch.float32:
-        from torch.nn.attention.varlen import varlen_attn
-
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_document, max_document, scale=scale,
-                           window_size=(window - 1, 0))
-    return blockwise_attention(q, k, v, cu_seqlens, window, scale)
+        return fused.attention(q, k, v, documents, window, SCALE, bound)
+    return blockwise_attention(q, k, v, documents, window)
 
 
-def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, scale: float) -> Tensor:
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int) -> Tensor:
     """As `attention`, in dense torch: blocks of `window` queries see the keys of their own and the previous block."""
     tokens, heads, head_dim = q.shape
     blocks = -(-tokens // window)
-    document = torch.searchsorted(cu_seqlens, torch.arange(tokens, device=q.device, dtype=cu_seqlens.dtype), right=True)
-    document = F.pad(document, (0, blocks * window - tokens), value=-1).view(blocks, window)
+    document = F.pad(documents[0], (0, blocks * window - tokens), value=-1).view(blocks, window)
 
     def in_blocks(x: Tensor) -> Tensor:  # (blocks, heads, window, head_dim)
         return F.pad(x, (0, 0, 0, 0, 0, blocks * window - tokens)).view(blocks, window, heads, head_dim).transpose(1, 2)
@@ -318,7 +325,7 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, win
     mask[0, :, :window] = False  # the first block has no previous one
     mask |= distance == 0  # padding sees itself, so that no softmax is empty
     k, v = with_previous(in_blocks(k), 2), with_previous(in_blocks(v), 2)
-    y = F.scaled_dot_product_attention(in_blocks(q), k, v, attn_mask=mask[:, None], scale=scale)
+    y = F.scaled_dot_product_attention(in_blocks(q), k, v, attn_mask=mask[:, None], scale=SCALE)
     return y.transpose(1, 2).reshape(blocks * window, heads, head_dim)[:tokens]
 
 
@@ -330,10 +337,9 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
+def starts(documents: Tensor) -> Tensor:
     """(tokens,) bool: does a document start here?"""
-    first = torch.zeros(tokens, dtype=torch.bool, device=cu_seqlens.device)
-    return first.index_fill(0, cu_seqlens[:-1].long(), True)
+    return documents[0] == torch.arange(documents.size(1), device=documents.device)
 
 
 class LookUp(torch.autograd.Function):
@@ -418,7 +424,7 @@ class Attention(nn.Module):
 
     def __init__(self, s: Settings, rotary: Rotary, value_embedding: bool, gated: bool, paired: bool, shift: bool):
         super().__init__()
-        self.heads, self.max_document, self.rotary, self.paired = s.heads, s.max_document, rotary, paired
+        self.heads, self.rotary, self.paired, self.bound = s.heads, rotary, paired, most_score(s)
         self.q, self.k, self.v = (Linear(s.width, s.width) for _ in range(3))
         self.o = Linear(s.width, s.width, zero=True)
         self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if value_embedding else None
@@ -427,7 +433,7 @@ class Attention(nn.Module):
         still = torch.arange(s.width // s.heads) % (s.width // s.heads // 2) >= s.width // s.heads // 4
         self.register_buffer("shifted", still if shift else None, persistent=False)
 
-    def forward(self, x: Tensor, value: Tensor | None, cu_seqlens: Tensor, window: int) -> Tensor:
+    def forward(self, x: Tensor, value: Tensor | None, documents: Tensor, window: int) -> Tensor:
         weight = torch.cat([self.q.weight, self.k.weight, self.v.weight]).to(x.dtype)  # one product instead of three
         q, k, v = F.linear(x, weight).view(x.size(0), 3, self.heads, -1).unbind(1)  # (tokens, heads, head_dim)
         if value is not None:
@@ -436,14 +442,13 @@ class Attention(nn.Module):
             if self.value_gate is not None:
                 value = self.value_gate(x)[:, :, None] * value
             v = mix[0] * v + mix[1] * value
-        q, k, max_document = norm(q), norm(k), self.max_document
+        q, k = norm(q), norm(k)
         if self.paired:
             q, k, v = (x.reshape(2 * x.size(0), self.heads // 2, -1) for x in (q, k, v))
-            cu_seqlens, max_document = 2 * cu_seqlens, 2 * max_document
         q, k = self.rotary(q), self.rotary(k)
         if self.shifted is not None:
-            k = torch.where(self.shifted & ~starts(cu_seqlens, k.size(0))[:, None, None], k.roll(1, 0), k)
-        y = attention(q, k, v.contiguous(), cu_seqlens, max_document, window, scale=0.12)  # of unit-norm q and k
+            k = torch.where(self.shifted & ~starts(documents)[:, None, None], k.roll(1, 0), k)
+        y = attention(q, k, v, documents, window, self.bound)
         if self.gate is not None:
             y = y.view(x.size(0), self.heads, -1) * self.gate(x)[:, :, None]
         return self.o(y.reshape(x.shape))
@@ -476,7 +481,7 @@ class Block(nn.Module):
         self.bigram_weight = nn.Parameter(torch.tensor([0.1])) if s.bigram and s.bigram_into == "blocks" else None
 
     def forward(self, x: Tensor, x0: Tensor, bigram: Tensor | None, skip: Tensor | None, value: Tensor | None,
-                cu_seqlens: Tensor, window: int) -> Tensor:
+                documents: Tensor, window: int) -> Tensor:
         if skip is not None:
             weight = self.skip_weight.to(x.dtype)
             x = x + (weight if self.skip_gate is None else weight * self.skip_gate(x0)) * skip
@@ -485,7 +490,7 @@ class Block(nn.Module):
         if self.bigram_weight is not None:
             x = x + self.bigram_weight.to(x.dtype) * bigram
         if self.attention is not None:
-            x = x + self.attention(norm(x), value, cu_seqlens, window)
+            x = x + self.attention(norm(x), value, documents, window)
         return x + self.mlp(norm(x))
 
 
@@ -508,6 +513,7 @@ class GPT(nn.Module):
         # block of the second half -> its mirror; of an even number the middle two are neighbours and need no skip
         self.skip_from = {s.layers - 1 - i: i for i in range((s.layers - 1) // 2)}
         self.wide = {i for i in range(s.layers) if i % 4 == 3} | {s.layers - 1}
+        self.paired = s.blocks("paired_blocks")
         self.blocks = nn.ModuleList(Block(s, i, self.rotaries, i in self.value_of, i in self.skip_from,
                                           i in self.wide) for i in range(s.layers))
         self.head = Linear(s.width, padded, zero=True)
@@ -524,29 +530,29 @@ class GPT(nn.Module):
                 weights: Tensor) -> Tensor:
         """Cross entropy, nats per token: mean over tokens, sum of weights (K,) times that of the next K tokens.
 
-        tokens, targets (sequences, length) int64; windows: of most blocks and of the wide ones; cu_seqlens as in
-        `attention`. The last tokens of a sequence have fewer targets.
+        tokens, targets (sequences, length) int64; cu_seqlens (documents + 1,) int32: where documents begin in their
+        flattened stream, and the end; windows: of most blocks and of the wide ones. The last tokens of a sequence have
+        fewer targets.
         """
-        if self.compiled:
-            torch._dynamo.mark_dynamic(cu_seqlens, 0)  # batches differ in their number of documents
-        x0, bigram, values = self.embed(tokens.flatten(), cu_seqlens)
+        documents = [fused.bounds(n * cu_seqlens, n * tokens.numel()) for n in range(1, 1 + len(self.rotaries))]
+        x0, bigram, values = self.embed(tokens.flatten(), documents[0])
         x, streams = x0.view_as(x0), []  # one tensor given twice would compile the first block anew
         for i, block in enumerate(self.blocks):
             skip = streams[self.skip_from[i]] if i in self.skip_from else None
             value = values[self.value_of[i]] if i in self.value_of else None
-            x = block(x, x0, bigram, skip, value, cu_seqlens, windows[i in self.wide])
+            x = block(x, x0, bigram, skip, value, documents[i in self.paired], windows[i in self.wide])
             streams.append(x)
         ahead = [F.pad(targets[:, k:], (0, k), value=-1).flatten() for k in range(len(weights))]
         early = None if self.backout is None else streams[2 * len(streams) // 3]
         return self.loss(x, early, torch.stack(ahead, dim=1), weights)
 
-    def embed(self, tokens: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    def embed(self, tokens: Tensor, documents: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Embeddings of tokens, of each token with the one before it (or None), and for the values."""
         x = LookUp.apply(self.head.weight if self.tied else self.tokens.weight, tokens, self)
         bigram = None
         if self.bigram is not None:
-            bigram = LookUp.apply(self.bigram.weight, self.pair_rows(tokens, cu_seqlens), self)
-        return self.first(x, bigram, cu_seqlens), bigram, [LookUp.apply(v.weight, tokens, self) for v in self.values]
+            bigram = LookUp.apply(self.bigram.weight, self.pair_rows(tokens, documents), self)
+        return self.first(x, bigram, documents), bigram, [LookUp.apply(v.weight, tokens, self) for v in self.values]
 
     def rows_of(self, table: Tensor, rows: Tensor) -> Tensor:
         return F.embedding(rows, table).to(self.dtype)
@@ -554,17 +560,17 @@ class GPT(nn.Module):
     def add_to_rows(self, table: Tensor, rows: Tensor, x: Tensor) -> None:
         table.index_add_(0, rows, x.to(table.dtype))
 
-    def pair_rows(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def pair_rows(self, tokens: Tensor, documents: Tensor) -> Tensor:
         """Rows in the bigram embedding (modded-nanogpt). 32 bits of a hash of both tokens (Knuth's multiplication by
         2³² / golden ratio, then a step of MurmurHash3's finaliser), scaled; what overflows int64 is masked away."""
-        before = torch.where(starts(cu_seqlens, tokens.numel()), self.document, tokens.roll(1))
+        before = torch.where(starts(documents), self.document, tokens.roll(1))
         mixed = (before << 16 | tokens) * 2654435769 & 0xFFFFFFFF
         return ((mixed ^ mixed >> 15) * 2246822507 & 0xFFFFFFFF) * self.bigram.num_embeddings >> 32
 
-    def first(self, x: Tensor, bigram: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+    def first(self, x: Tensor, bigram: Tensor | None, documents: Tensor) -> Tensor:
         """The stream before the first block."""
         if self.smear is not None:
-            before = x.roll(1, 0).masked_fill(starts(cu_seqlens, x.size(0))[:, None], 0)
+            before = x.roll(1, 0).masked_fill(starts(documents)[:, None], 0)
             x = x + self.smear.to(x.dtype) * self.smear_gate(x) * before
         return norm(x) + bigram if self.bigram_at_input else norm(x)
 
@@ -636,6 +642,13 @@ def pick_device(s: Settings) -> torch.device:
         raise SettingsError(f"--head-precision fp8: {obstacle}; use --head-precision bfloat16")
     if cpu:
         return torch.device("cpu")
+    if s.dtype == "bfloat16" and s.width // s.heads not in fused.HEAD_DIMS:
+        raise SettingsError(f"--width {s.width} and --heads {s.heads} make heads of {s.width // s.heads} channels: on a "
+                            f"GPU expected one of {', '.join(map(str, fused.HEAD_DIMS))}")
+    if s.dtype == "bfloat16" and most_score(s) > fused.MOST_BOUND:
+        raise SettingsError(f"attention's scores could reach {most_score(s):.0f}, at most {fused.MOST_BOUND:.0f} leave "
+                            "their exponentials in float32: lower --window, raise --window-start, or leave out --yarn "
+                            "or --key-shift")
     local_rank, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if processes > torch.cuda.device_count():
         raise SettingsError(f"{processes} processes for {torch.cuda.device_count()} GPUs: start at most "

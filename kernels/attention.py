@@ -45,16 +45,16 @@ LOG2E = math.log2(math.e)
 class Cut:
     """How a kernel cuts the stream: queries × keys of a tile, one of which a program keeps while it walks the other."""
 
-    queries: int = 128
+    queries: int = 64
     keys: int = 64
-    warps: int = 8
+    warps: int = 4
     stages: int = 2
     registers: int | None = None  # at most so many a thread, so that two programs fit on a multiprocessor
     branch: bool = True  # round the mask where a tile needs none; else all are masked
 
 
-# First guesses, not yet measured. Ahead of time for sm_90 none spills: 124, 180 and 255 registers.
-CUTS = {"forward": Cut(registers=128), "dq": Cut(), "dkdv": Cut(queries=64, keys=128)}
+# The quickest of those that `python -m kernels.bench_attention --tune` tried on an H200.
+CUTS = {"forward": Cut(stages=3), "dq": Cut(), "dkdv": Cut(branch=False)}
 
 
 def bounds(cu_seqlens: Tensor, tokens: int) -> Tensor:

@@ -28,17 +28,12 @@ KERNELS = ("forward", "dq", "dkdv")
 # None spills for sm_90 with heads of 128 (triton 3.6). With at most 128 registers of 256 threads, or 255 of 128, and at
 # most 113 KB of shared memory two programs fit on a multiprocessor.
 CANDIDATES = {
-    "forward": (Cut(registers=128), Cut(registers=128, branch=False), Cut(), Cut(stages=3, registers=128),
-                Cut(keys=128), Cut(warps=4), Cut(keys=32, warps=4, stages=3), Cut(queries=64, warps=4),
-                Cut(queries=64, warps=4, branch=False), Cut(queries=64, warps=4, stages=3),
-                Cut(queries=64, keys=128, warps=4)),
-    "dq": (Cut(), Cut(branch=False), Cut(keys=32, stages=3), Cut(keys=128), Cut(queries=64, warps=4),
-           Cut(queries=64, warps=4, branch=False), Cut(queries=64, warps=4, registers=168),
-           Cut(queries=64, keys=32, warps=4, stages=3), Cut(queries=64, keys=32, warps=4, registers=168)),
-    "dkdv": (Cut(64, 128), Cut(64, 128, branch=False), Cut(64, 128, stages=3, branch=False), Cut(32, 128),
-             Cut(32, 128, stages=3), Cut(64, 64), Cut(128, 64), Cut(64, 64, warps=4),
-             Cut(64, 64, warps=4, branch=False), Cut(32, 64, warps=4),
-             Cut(32, 64, warps=4, branch=False), Cut(32, 64, warps=4, stages=3)),
+    "forward": (Cut(stages=3), Cut(stages=3, branch=False), Cut(), Cut(keys=32, stages=3),
+                Cut(queries=128, warps=8, registers=128), Cut(queries=128, warps=8, registers=128, branch=False)),
+    "dq": (Cut(), Cut(branch=False), Cut(keys=32, registers=168), Cut(keys=32, stages=3), Cut(queries=128, warps=8),
+           Cut(queries=128, keys=128, warps=8)),
+    "dkdv": (Cut(branch=False), Cut(), Cut(stages=3, branch=False), Cut(queries=32, stages=3),
+             Cut(keys=128, warps=8, stages=3, branch=False), Cut(keys=128, warps=8)),
 }
 
 

@@ -95,10 +95,10 @@ def test_the_same_as_the_attention_of_train_gpt(window):
     cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=DEVICE)
 
     def theirs(q, k, v):
-        return train_gpt.blockwise_attention(q, k, v, cu_seqlens, window, SCALE)
+        return train_gpt.blockwise_attention(q, k, v, bounds(cu_seqlens, q.size(0)), window)
 
     truth = run(theirs, torch.float64, *given)
-    assert max(errors(run(ours(edges, window), torch.float32, *given), truth)) < 3e-6
+    assert max(errors(run(ours(edges, window, train_gpt.SCALE), torch.float32, *given), truth)) < 3e-6
 
 
 def test_a_document_is_the_same_wherever_in_the_stream_it_lies():
@@ -254,7 +254,9 @@ def test_real_sizes_are_as_exact_as_flash_attention(window, head_dim):
     truth = run(eager(edges, window, 0.12), torch.float64, q, k, v, dy)
     found, yardstick = (errors(run(function, torch.bfloat16, q, k, v, dy), truth)
                         for function in (ours(edges, window, 0.12), theirs))
-    assert all(a <= 1.5 * b for a, b in zip(found, yardstick)), (found, yardstick)
+    # The largest p of a row is not 1 here, as it is behind a running maximum: it is rounded, too, which twice the
+    # largest error shows; in the mean it is a fifth (bench_attention).
+    assert all(a <= 2.2 * b for a, b in zip(found, yardstick)), (found, yardstick)
 
 
 PROGRAM = """

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 import train_gpt
 from data.shards import sha256, write_shard
+from kernels.attention import bounds as bounds_of
 from optim import get_polar, route
 from records.log import Record, parse_log, unpack_source
 from records.settings import SettingsError
@@ -615,7 +616,7 @@ def test_pairs_of_tokens_spread_over_all_rows_as_at_random():
             some = torch.arange(start, end, stride)
             both = torch.cartesian_prod(some, some)  # pairs one after the other: every second row is of one of them
             model = SimpleNamespace(document=0, bigram=SimpleNamespace(num_embeddings=rows))
-            row = GPT.pair_rows(model, both.flatten(), torch.tensor([0, both.numel()]))[1::2]
+            row = GPT.pair_rows(model, both.flatten(), limits([0, both.numel()]))[1::2]
             counts = torch.bincount(row, minlength=rows).double()
             assert counts.numel() == rows
             assert counts.var() == pytest.approx(row.numel() / rows, rel=0.35)  # Poisson: the variance is the mean
@@ -627,7 +628,7 @@ def test_the_bigram_embedding_is_of_a_token_and_the_one_before_it_in_its_documen
     with torch.no_grad():
         model.bigram.weight.normal_()
     tokens = torch.randint(0, VOCABULARY, (256,), generator=torch.Generator().manual_seed(1))
-    _, bigram, _ = model.embed(tokens, torch.tensor([0, 50, 128, 256], dtype=torch.int32))
+    _, bigram, _ = model.embed(tokens, limits([0, 50, 128, 256]))
     for i in (0, 1, 49, 50, 51, 127, 128, 255):
         other = VOCABULARY - 1 if i in (0, 50, 128) else int(tokens[i - 1])
         assert torch.equal(bigram[i], model.bigram.weight[pair_row(other, int(tokens[i]), 500)])
@@ -645,7 +646,7 @@ def test_paired_heads_attend_to_both_heads_keys_in_one_softmax():
     attention, bounds = model.blocks[0].attention, [0, 50, 128, 130, 256]
     attention.o.weight.data = torch.eye(32)
     x = torch.randn(256, 32)
-    found = attention(x, None, torch.tensor(bounds, dtype=torch.int32), 40)
+    found = attention(x, None, limits([2 * bound for bound in bounds]), 40)
     q, k, v = (F.linear(x, part.weight).view(2, 128, 4, 8) for part in (attention.q, attention.k, attention.v))
     turn = Rotary(8, 256)
     q, k = ([turn(torch.stack([F.rms_norm(y, (8,))[:, :, h], F.rms_norm(y, (8,))[:, :, h + 2]], dim=2)
@@ -660,14 +661,14 @@ def test_paired_heads_attend_to_both_heads_keys_in_one_softmax():
 def test_shifted_keys_have_the_previous_token_s_half_without_position():
     s, model = model_of(key_shift=True)
     assert [block.attention.shifted is not None for block in model.blocks] == [False, True]  # the last one is wide
-    attention, bounds = model.blocks[1].attention, torch.tensor([0, 100, 256], dtype=torch.int32)
+    attention, documents = model.blocks[1].attention, limits([0, 100, 256])
     attention.o.weight.data = torch.eye(32)
     x, seen = torch.randn(256, 32), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt, "attention", lambda q, k, v, *rest, **scale: (seen.append(k), v)[1])
-        attention(x, None, bounds, 64)
+        patch.setattr(train_gpt, "attention", lambda q, k, v, *rest: (seen.append(k), v)[1])
+        attention(x, None, documents, 64)
         attention.shifted = None
-        attention(x, None, bounds, 64)
+        attention(x, None, documents, 64)
     shifted, plain = seen
     still = [4, 5, 6, 7, 12, 13, 14, 15]
     moving = [0, 1, 2, 3, 8, 9, 10, 11]
@@ -700,14 +701,14 @@ def test_a_gate_starts_without_effect_and_learns(part):
 
 def test_a_gate_scales_a_head_s_output_and_its_value_embedding():
     s, model = model_of(attention_gates="all", value_gates=True)
-    attention, bounds = randomised(model).blocks[0].attention, torch.tensor([0, 100, 256], dtype=torch.int32)
+    attention, documents = randomised(model).blocks[0].attention, limits([0, 100, 256])
     x, value = torch.randn(2, 256, 32)
     attention.o.weight.data = torch.eye(32)
     factors = 2 * torch.sigmoid(x[:, :12] @ attention.gate.weight.view(2, 12).T).repeat_interleave(16, dim=1)
     values = 2 * torch.sigmoid(x[:, :12] @ attention.value_gate.weight.view(2, 12).T).repeat_interleave(16, dim=1)
-    found = attention(x, value, bounds, 64)
+    found = attention(x, value, documents, 64)
     attention.gate = attention.value_gate = None
-    torch.testing.assert_close(found, factors * attention(x, values * value, bounds, 64))
+    torch.testing.assert_close(found, factors * attention(x, values * value, documents, 64))
 
 
 def test_backout_takes_half_of_the_stream_at_two_thirds_away():
@@ -730,12 +731,12 @@ def test_gates_for_wide_blocks_alone_are_in_every_fourth_and_the_last():
 def test_smear_adds_the_embedding_before_within_the_document():
     s, model = model_of(smear=True)
     randomised(model)
-    tokens, bounds = torch.randint(0, VOCABULARY, (256,)), torch.tensor([0, 100, 256], dtype=torch.int32)
+    tokens = torch.randint(0, VOCABULARY, (256,))
     x = model.tokens.weight[tokens]
     before = torch.cat([x[:1] * 0, x[:-1]])
     before[100] = 0
     expected = x + model.smear * 2 * torch.sigmoid(x[:, :12] @ model.smear_gate.weight)[:, None] * before
-    torch.testing.assert_close(model.embed(tokens, bounds)[0], F.rms_norm(expected, (32,)))
+    torch.testing.assert_close(model.embed(tokens, limits([0, 100, 256]))[0], F.rms_norm(expected, (32,)))
 
 
 def test_a_run_with_all_parts_learns(data, tmp_path):
@@ -778,6 +779,11 @@ def visible(bounds: list[int], window: int) -> torch.Tensor:
                          for i in range(tokens)])
 
 
+def limits(edges):
+    """(2, tokens): of each token's document."""
+    return bounds_of(torch.tensor(edges, dtype=torch.int32), edges[-1])
+
+
 def dense_attention(q, k, v, mask, scale):
     """(tokens, heads, head_dim) by the full matrix of scores."""
     scores = torch.einsum("ihd,jhd->hij", q, k) * scale
@@ -793,10 +799,9 @@ def queries_keys_values(tokens, dtype=torch.float64, heads=2, head_dim=8, seed=0
 @pytest.mark.parametrize("tokens", DOCUMENTS)
 def test_attention_and_its_gradient_are_those_of_the_dense_formula(tokens, window):
     bounds = DOCUMENTS[tokens]
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     ours, dense = ([x.requires_grad_() for x in queries_keys_values(tokens)] for _ in range(2))
-    found = attention(*ours, cu_seqlens, 64, window, 0.3)
-    wanted = dense_attention(*dense, visible(bounds, window), 0.3)
+    found = attention(*ours, limits(bounds), window, 8.0)
+    wanted = dense_attention(*dense, visible(bounds, window), 0.12)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
     weights = queries_keys_values(tokens, seed=1)[0]
     (found * weights).sum().backward()
@@ -808,33 +813,33 @@ def test_attention_and_its_gradient_are_those_of_the_dense_formula(tokens, windo
 @pytest.mark.parametrize("window", WINDOWS)
 def test_a_token_sees_its_window_of_its_document_and_nothing_else(window):
     bounds = DOCUMENTS[100]
-    mask, cu_seqlens = visible(bounds, window), torch.tensor(bounds, dtype=torch.int32)
+    mask, documents = visible(bounds, window), limits(bounds)
     q, k, v = queries_keys_values(100)
-    y = blockwise_attention(q, k, v, cu_seqlens, window, 0.3)
+    y = blockwise_attention(q, k, v, documents, window)
     other = queries_keys_values(100, seed=2)
     for i in (0, 1, 7, 8, 9, 39, 40, 60, 99):
         row = mask[i][:, None, None]
         itself = (torch.arange(100) == i)[:, None, None]
         mixed = [torch.where(kept, x, new) for kept, x, new in zip((itself, row, row), (q, k, v), other)]
-        changed = blockwise_attention(*mixed, cu_seqlens, window, 0.3)
+        changed = blockwise_attention(*mixed, documents, window)
         torch.testing.assert_close(changed[i], y[i], rtol=1e-12, atol=1e-12)
         seen = torch.nonzero(mask[i]).flatten().tolist()
         for j in {seen[0], seen[-1]}:  # and the ends of what it should see count
             one = v.clone()
             one[j] += 1000
-            assert (blockwise_attention(q, k, one, cu_seqlens, window, 0.3)[i] - y[i]).abs().max() > 1e-3
+            assert (blockwise_attention(q, k, one, documents, window)[i] - y[i]).abs().max() > 1e-3
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [1, 2, 7, 64, 1000, 5000])
-def test_varlen_attention_on_a_gpu_computes_the_same(window):
-    bounds = torch.tensor([0, 1, 100, 1124, 1200, 2000, 2777], dtype=torch.int32, device="cuda")
+def test_the_kernels_of_a_gpu_compute_the_same(window):
+    documents = limits([0, 1, 100, 1124, 1200, 2000, 2777]).cuda()
     half = [x.to("cuda", torch.bfloat16) for x in queries_keys_values(2777, heads=3, head_dim=64)]
     half[2] = torch.stack(half, dim=1)[:, 2]  # values are a part of a fused product
     half = [x.requires_grad_() for x in half]
     full = [x.detach().float().requires_grad_() for x in half]
-    found = attention(*half, bounds, 1024, window, 0.12)
-    wanted = blockwise_attention(*full, bounds, window, 0.12)
+    found = attention(*half, documents, window, 24.0)  # 0.12 · 64, and that q and k are not normalised
+    wanted = blockwise_attention(*full, documents, window)
     weights = queries_keys_values(2777, heads=3, head_dim=64, seed=1)[0].to("cuda", torch.bfloat16)
     (found * weights).sum().backward()
     (wanted * weights.float()).sum().backward()

@@ -13,6 +13,7 @@ from test_train_gpt import ROOT, arguments, data, losses, only_record, read, tra
 import train_gpt
 from data.shards import HEADER_BYTES, write_shard
 from records.log import parse_log
+from records.settings import SettingsError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -158,6 +159,16 @@ def test_a_gpu_that_is_not_there_is_said_with_the_option_that_does_without(fails
 
 def test_eight_bits_without_a_gpu_are_refused_with_the_option_that_does_without(fails, data):
     assert "--head-precision fp8" in (message := fails(data, head_precision="fp8")) and "bfloat16" in message
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(width=768, heads=8), "--width 768 and --heads 8 make heads of 96 channels: .* 16, 32, 64, 128"),
+    (dict(yarn=True, window_start=2, key_shift=True), "scores could reach 5[0-9], at most 36 .*--window-start")])
+def test_what_a_gpu_s_attention_cannot_do_is_said(monkeypatch, changes, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train_gpt, "why_not", lambda device: None)
+    with pytest.raises(SettingsError, match=said):
+        train_gpt.pick_device(train_gpt.Settings(**changes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
