@@ -303,7 +303,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, b
     `blockwise_attention`, which computes the same.
     """
     if q.is_cuda and q.dtype != torch.float32:
-        return fused.attention(q, k, v, documents, window, SCALE, bound)
+        return fused.attention(q, k, v, documents, window, scale=SCALE, bound=bound)
     return blockwise_attention(q, k, v, documents, window)
 
 
