@@ -136,8 +136,8 @@ def _keys_of(limits, first, window, T, QUERIES: tl.constexpr, KEYS: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["window"])
-def _forward_kernel(q, k, v, limits, y, lse, T, window, factor, offset, BRANCH: tl.constexpr, QUERIES: tl.constexpr,
-                    KEYS: tl.constexpr, D: tl.constexpr):
+def _attention_forward_kernel(q, k, v, limits, y, lse, T, window, factor, offset, BRANCH: tl.constexpr,
+                              QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr):
     """y and log₂ Σ 2^(factor · q·k). Programs (heads, blocks of queries): neighbours share keys in the L2 cache."""
     first, heads, column = tl.program_id(1) * QUERIES, tl.num_programs(0), tl.program_id(0) * D
     row, low, begin, clear, end = _keys_of(limits, first, window, T, QUERIES, KEYS)
@@ -146,9 +146,10 @@ def _forward_kernel(q, k, v, limits, y, lse, T, window, factor, offset, BRANCH: 
     for n in tl.range(begin, end, KEYS):
         p = exp2(_dot(queries, k.load([n, column]).T) * factor - offset)
         p = _masked(p, n, clear, first + 1, low, row + 1, BRANCH, KEYS)
-        total += tl.sum(p, 1)
         values = v.load([n, column])
-        sums = _dot(p.to(values.dtype), values, sums)
+        p = p.to(values.dtype)
+        total += tl.sum(p.to(tl.float32), 1)  # of what the product takes: one p that outweighs all others gives its v
+        sums = _dot(p, values, sums)
     # The promise assures a sum of 2^(−2 offset) at least; a factor of 16 is for what rounding adds to scores. Beyond
     # 2^126 a GPU may take the inverse for 0.
     kept = (total >= tl.exp2(-2 * offset - 4)) & (total <= 8.507059173023462e37)
@@ -159,9 +160,9 @@ def _forward_kernel(q, k, v, limits, y, lse, T, window, factor, offset, BRANCH: 
 
 
 @triton.jit(do_not_specialize=["window"])
-def _dq_kernel(q, k, v, limits, y, lse, dy, dq, delta, T, window, factor, scale, BRANCH: tl.constexpr,
-               QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr):
-    """dq and δ. Programs as of _forward_kernel."""
+def _attention_dq_kernel(q, k, v, limits, y, lse, dy, dq, delta, T, window, factor, scale, BRANCH: tl.constexpr,
+                         QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr):
+    """dq and δ. Programs as of _attention_forward_kernel."""
     first, heads, column = tl.program_id(1) * QUERIES, tl.num_programs(0), tl.program_id(0) * D
     row, low, begin, clear, end = _keys_of(limits, first, window, T, QUERIES, KEYS)
     here = tl.program_id(0).to(tl.int64) * T + row
@@ -183,8 +184,8 @@ def _dq_kernel(q, k, v, limits, y, lse, dy, dq, delta, T, window, factor, scale,
 
 
 @triton.jit(do_not_specialize=["window"])
-def _dkdv_kernel(q, k, v, limits, lse, dy, delta, dk, dv, T, window, factor, scale, BRANCH: tl.constexpr,
-                 QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr):
+def _attention_dkdv_kernel(q, k, v, limits, lse, dy, delta, dk, dv, T, window, factor, scale, BRANCH: tl.constexpr,
+                           QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr):
     """dk and dv. Programs (heads, blocks of keys). Scores are (keys, queries): so P and dS stay in registers."""
     first, heads, column = tl.program_id(1) * KEYS, tl.num_programs(0), tl.program_id(0) * D
     last = tl.minimum(first + KEYS, T) - 1
@@ -268,8 +269,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, sc
     y, lse = q.new_empty(q.shape), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
     (grid, constants), cut = _plan("forward", q), CUTS["forward"]
     window = min(window, q.size(0))  # key + window stays within int32
-    _forward_kernel[grid](_described(q, cut.queries), _described(k, cut.keys), _described(v, cut.keys), documents, y,
-                          lse, q.size(0), window, scale * LOG2E, bound * LOG2E, **constants)
+    _attention_forward_kernel[grid](_described(q, cut.queries), _described(k, cut.keys), _described(v, cut.keys),
+                                    documents, y, lse, q.size(0), window, scale * LOG2E, bound * LOG2E, **constants)
     return y, lse
 
 
@@ -291,11 +292,11 @@ def _backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, y:
         of_q, of_dy = _described(q, cut.queries), _described(dy, cut.queries)
         of_k, of_v = _described(k, cut.keys), _described(v, cut.keys)
         if name == "dq":
-            _dq_kernel[grid](of_q, of_k, of_v, documents, y, lse, of_dy, dq, delta, tokens, window, scale * LOG2E,
-                             scale, **constants)
+            _attention_dq_kernel[grid](of_q, of_k, of_v, documents, y, lse, of_dy, dq, delta, tokens, window,
+                                       scale * LOG2E, scale, **constants)
         else:
-            _dkdv_kernel[grid](of_q, of_k, of_v, documents, lse, of_dy, delta, dk, dv, tokens, window, scale * LOG2E,
-                               scale, **constants)
+            _attention_dkdv_kernel[grid](of_q, of_k, of_v, documents, lse, of_dy, delta, dk, dv, tokens, window,
+                                         scale * LOG2E, scale, **constants)
     return dq, dk, dv
 
 

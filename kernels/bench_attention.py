@@ -57,7 +57,7 @@ def pairs(limits: Tensor, window: int) -> int:
 
 
 def tiled(limits: Tensor, window: int, cut: Cut, by_keys: bool) -> int:
-    """Pairs in the tiles that a kernel with this cut computes; by_keys: as _dkdv_kernel does."""
+    """Pairs in the tiles that a kernel with this cut computes; by_keys: as dkdv does."""
     tokens = limits.size(1)
     step, width = (cut.keys, cut.queries) if by_keys else (cut.queries, cut.keys)
     first = torch.arange(0, tokens, step, device=limits.device)
@@ -111,7 +111,8 @@ def kernel_ms(case: Case, windows: list[int], samples: int,
         for window in windows:
             case.results(case.ours, window)
 
-    found = kernel_us(work, wanted, samples)
+    found = kernel_us(work, tuple(f"attention_{kernel}" for kernel in wanted), samples)
+    found = {kernel: found[f"attention_{kernel}"] for kernel in wanted}
     for kernel, times in found.items():
         if len(times) != len(windows):
             raise RuntimeError(f"the profiler saw {len(times)} launches of {kernel} for {len(windows)} windows; change "

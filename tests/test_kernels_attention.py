@@ -266,7 +266,7 @@ from triton.compiler import ASTSource
 from kernels import attention
 
 def build(name, cut):
-    kernel = getattr(attention, f"_{name}_kernel")
+    kernel = getattr(attention, f"_attention_{name}_kernel")
     constants = dict(BRANCH=cut.branch, QUERIES=cut.queries, KEYS=cut.keys, D=128)
     kinds = dict.fromkeys(("y", "dq", "dk", "dv"), "*bf16") | dict.fromkeys(("lse", "delta"), "*fp32")
     kinds |= dict.fromkeys(("q", "dy"), f"tensordesc<bf16[{cut.queries}, 128]>")

@@ -56,7 +56,7 @@ def test_a_part_that_fails_leaves_the_stopwatch_usable():
     ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, cutlass::bfloat16_t> >(Flash)", "attention"),
     ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention)", "attention"),
     ("autograd::engine::evaluate_function: ScaledDotProductFlashAttentionForCpuBackward0", "attention"),
-    ("triton_tem_fused_flex_attention_0", "attention"),
+    ("triton_tem_fused_flex_attention_0", "attention"), ("_attention_dkdv_kernel", "attention"),
     ("triton_poi_fused_mul_pow_relu_threshold_backward_1", "others"),
     ("triton_red_fused_mm_flash_attention_2", "others"),
     ("Memcpy HtoD (Pinned -> Device)", "others"), ("aten::mul", "others"), ("aten::sum", "others"),
