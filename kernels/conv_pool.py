@@ -29,7 +29,6 @@ from torch import Tensor
 from .instructions import INTERPRETED
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-DEPTH = 32  # of a product forward; divides 4·C where 8 divides C
 REDUCED = 128  # numbers of the weight's gradient that a program finishes
 
 
@@ -43,6 +42,8 @@ class Cut:
     stages: int = 2
     channels: int = 64  # output channels of a program, at most
     width: int = 32  # weight_sums: of the 4·C numbers of a line a program takes so many
+    depth: int = 64
+    flatten: bool = False
     resident: bool = True  # forward: filters are kept in shared memory, and whole tiles of x are under way
 
 
@@ -113,35 +114,36 @@ def _pooled(upper, lower, pooled, which, place, inside, first, O, P: tl.constexp
 
 @triton.jit
 def _conv_pool_kernel(x, weight, pooled, which, places, H, W, O, tiles, parts, C: tl.constexpr, P: tl.constexpr,
-                      BLOCK_O: tl.constexpr, DEPTH: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr):
+                      BLOCK_O: tl.constexpr, DEPTH: tl.constexpr, RESIDENT: tl.constexpr, FLATTEN: tl.constexpr, STAGES: tl.constexpr):
     """Sums (places, (output channel, side)), one for the upper two of each window and one for the lower two."""
-    CHUNKS: tl.constexpr = 4 * C // DEPTH
     strips = O // BLOCK_O
     part, first = tl.program_id(0) // strips, tl.program_id(0) % strips * BLOCK_O
-    depth = tl.arange(0, DEPTH)
     if RESIDENT:
         filters = ()
-        for i in tl.static_range(3 * CHUNKS):
-            filters = filters + (_filters(weight, i % 3, i // 3 * DEPTH + depth, first, C, BLOCK_O),)
+        for start in tl.static_range(0, 4 * C, DEPTH):
+            j = start + tl.arange(0, DEPTH if 4 * C - start >= DEPTH else 32)
+            for r in tl.static_range(3):
+                filters = filters + (_filters(weight, r, j, first, C, BLOCK_O),)
         for tile in tl.range(part, tiles, parts, num_stages=STAGES):
             place, inside, image, row, column = _corner(tile, places, H, W, P)
             upper = tl.zeros((P, 2 * BLOCK_O), dtype=tl.float32)
             lower = tl.zeros((P, 2 * BLOCK_O), dtype=tl.float32)
-            for chunk in tl.static_range(CHUNKS):
+            for start in tl.static_range(0, 4 * C, DEPTH):
+                j = start + tl.arange(0, DEPTH if 4 * C - start >= DEPTH else 32)
                 for r in tl.static_range(4):
-                    seen = _line(x, r, chunk * DEPTH + depth, inside, image, row, column, H, W, C)
+                    seen = _line(x, r, j, inside, image, row, column, H, W, C)
                     if r < 3:
-                        upper = _dot(seen, filters[chunk * 3 + r], upper)
+                        upper = _dot(seen, filters[start // DEPTH * 3 + r], upper)
                     if r > 0:
-                        lower = _dot(seen, filters[chunk * 3 + r - 1], lower)
+                        lower = _dot(seen, filters[start // DEPTH * 3 + r - 1], lower)
             _pooled(upper, lower, pooled, which, place, inside, first, O, P, BLOCK_O)
     else:
-        for tile in range(part, tiles, parts):
+        for tile in tl.range(part, tiles, parts, flatten=FLATTEN):
             place, inside, image, row, column = _corner(tile, places, H, W, P)
             upper = tl.zeros((P, 2 * BLOCK_O), dtype=tl.float32)
             lower = tl.zeros((P, 2 * BLOCK_O), dtype=tl.float32)
-            for chunk in tl.range(CHUNKS, num_stages=STAGES):
-                j = chunk * DEPTH + depth
+            for start in tl.range(0, 4 * C, 32, num_stages=STAGES):
+                j = start + tl.arange(0, 32)
                 a = _line(x, 0, j, inside, image, row, column, H, W, C)
                 b = _line(x, 1, j, inside, image, row, column, H, W, C)
                 c = _line(x, 2, j, inside, image, row, column, H, W, C)
@@ -235,7 +237,7 @@ def _grid(name: str, dtype: torch.dtype, places: int, channels: int, out: int) -
     constants = dict(C=channels, P=cut.places, BLOCK_O=block_o, STAGES=cut.stages, num_warps=cut.warps)
     strips, tiles = out // block_o, triton.cdiv(places, cut.places)
     if name == "forward":
-        constants |= dict(DEPTH=DEPTH, RESIDENT=cut.resident)
+        constants |= dict(DEPTH=cut.depth, RESIDENT=cut.resident, FLATTEN=cut.flatten)
     else:
         constants["WIDTH"] = cut.width
         strips *= triton.cdiv(4 * channels, cut.width)
