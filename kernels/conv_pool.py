@@ -41,14 +41,13 @@ class Cut:
     programs: int = 132  # at most, over all channels
     stages: int = 2
     channels: int = 64  # output channels of a program, at most
-    width: int = 32  # weight_sums: of the 4·C numbers of a line a program takes so many
-    depth: int = 64
-    flatten: bool = False
-    resident: bool = True  # forward: filters are kept in shared memory, and whole tiles of x are under way
+    width: int = 32  # weight_sums: so many of the 4·C numbers of a line are a program's
+    resident: bool = True  # forward: filters stay in shared memory, and all of a tile of x is loaded at once
+    depth: int = 64  # forward, resident: of a product, at most
 
 
 # First guesses, not yet measured.
-CUTS = {"forward": Cut(), "weight_sums": Cut(programs=264)}
+CUTS = {"forward": Cut(warps=8), "weight_sums": Cut(warps=8, programs=264)}
 EXACT = {"forward": Cut(places=32, stages=1, resident=False), "weight_sums": Cut(places=32, stages=1)}  # for float32
 
 
@@ -114,7 +113,7 @@ def _pooled(upper, lower, pooled, which, place, inside, first, O, P: tl.constexp
 
 @triton.jit
 def _conv_pool_kernel(x, weight, pooled, which, places, H, W, O, tiles, parts, C: tl.constexpr, P: tl.constexpr,
-                      BLOCK_O: tl.constexpr, DEPTH: tl.constexpr, RESIDENT: tl.constexpr, FLATTEN: tl.constexpr, STAGES: tl.constexpr):
+                      BLOCK_O: tl.constexpr, DEPTH: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr):
     """Sums (places, (output channel, side)), one for the upper two of each window and one for the lower two."""
     strips = O // BLOCK_O
     part, first = tl.program_id(0) // strips, tl.program_id(0) % strips * BLOCK_O
@@ -138,7 +137,7 @@ def _conv_pool_kernel(x, weight, pooled, which, places, H, W, O, tiles, parts, C
                         lower = _dot(seen, filters[start // DEPTH * 3 + r - 1], lower)
             _pooled(upper, lower, pooled, which, place, inside, first, O, P, BLOCK_O)
     else:
-        for tile in tl.range(part, tiles, parts, flatten=FLATTEN):
+        for tile in tl.range(part, tiles, parts, flatten=True):
             place, inside, image, row, column = _corner(tile, places, H, W, P)
             upper = tl.zeros((P, 2 * BLOCK_O), dtype=tl.float32)
             lower = tl.zeros((P, 2 * BLOCK_O), dtype=tl.float32)
@@ -237,7 +236,7 @@ def _grid(name: str, dtype: torch.dtype, places: int, channels: int, out: int) -
     constants = dict(C=channels, P=cut.places, BLOCK_O=block_o, STAGES=cut.stages, num_warps=cut.warps)
     strips, tiles = out // block_o, triton.cdiv(places, cut.places)
     if name == "forward":
-        constants |= dict(DEPTH=cut.depth, RESIDENT=cut.resident, FLATTEN=cut.flatten)
+        constants |= dict(DEPTH=cut.depth, RESIDENT=cut.resident)
     else:
         constants["WIDTH"] = cut.width
         strips *= triton.cdiv(4 * channels, cut.width)
