@@ -30,6 +30,11 @@ WEIGHT_SUMS = (Cut(warps=8, programs=264), Cut(programs=264), Cut(128, 8), Cut(1
                Cut(32, 4, 396, 3), Cut(programs=264, channels=32, width=64))
 
 
+def flops(batch: int, out: int) -> int:
+    """Of the convolution where its result is pooled, forward or for the weight's gradient."""
+    return 2 * 9 * CHANNELS * out * batch * (SIDE // 2 * 2) ** 2
+
+
 class Layer:
     """x (batch, 24, 31, 31) and weight (O, 24, 3, 3), float16 and channels last; the slope of the loss by the result."""
 
@@ -43,7 +48,7 @@ class Layer:
         self.sources = normal(batch, CHANNELS, SIDE, SIDE), normal(batch, out, SIDE // 2, SIDE // 2)
         self.x, self.slope = self.sources[0].clone(), self.sources[1].clone()
         self.weight = (normal(out, CHANNELS, 3, 3) * (9 * CHANNELS) ** -0.5).requires_grad_()
-        self.flops = 2 * 9 * CHANNELS * out * batch * (SIDE // 2 * 2) ** 2
+        self.flops = flops(batch, out)
         filters = self.weight.nbytes
         self.bytes = {name: self.x.nbytes + self.slope.nbytes * 3 // 2 + filters for name in ("conv_pool", "weight_sums")}
 
