@@ -1,6 +1,7 @@
 """A 3×3 convolution of few channels and the 2×2 max-pool behind it: one launch forward, two for the weight's gradient.
 
-    y[o] = Σ over rows r and columns s of the filter of w[o, r, s] · x[row + r − 1, column + s − 1],   p = max over 2×2 of y
+    y[o] = Σ over rows r and columns s of the filter of w[o, r, s] · x[row + r − 1, column + s − 1]
+    p = max over 2×2 of y
     dw[o, r, s] = Σ over pooled places of dp[o] · x[row + r − 1, column + s − 1],   (row, column): where p came from
 
 The convolution's result, 246 MB of the CIFAR network's first layer at a batch of 2000, is neither written nor read, nor
@@ -9,8 +10,9 @@ gradient takes x, dp and that byte.
 
 Channels last, the four pixels of a line that a pooled place sees are 4·C numbers in a row: `_line` loads them without a
 gap whatever C is. The left two and the right two convolutions of a window share them, as columns (output channel, side)
-of one product whose filters are moved by a pixel for the right side. So C = 24 needs no padding to 32, while a quarter
-of the filters' entries is zero, in products that are twice as wide; the work is the same, the loads are half.
+of one product whose filters are moved by a pixel for the right side. A quarter of the filters' entries is zero then, the
+same work as with C = 24 padded to 32, but products are twice as wide and x is loaded half as often. The price: infinite
+x gives NaN, by those zeros.
 
 Partial sums of the gradient are added in an order that depends on shapes and CUTS alone: the same input gives the same
 bits. Products are of the inputs' dtype, sums float32.
@@ -34,7 +36,7 @@ REDUCED = 128  # numbers of the weight's gradient that a program finishes
 
 @dataclass(frozen=True)
 class Cut:
-    """How a kernel cuts (pooled places, output channels): every program takes each so manieth tile of places in turn."""
+    """How a kernel cuts (pooled places, output channels): a program takes every so manieth tile of places in turn."""
 
     places: int = 64  # pooled ones, of a tile
     warps: int = 4
@@ -170,7 +172,7 @@ def _sent(slope, best, tap: tl.constexpr, P: tl.constexpr, BLOCK_O: tl.constexpr
 @triton.jit
 def _weight_sums_kernel(x, dp, which, sums, places, H, W, O, tiles, parts, C: tl.constexpr, P: tl.constexpr,
                         BLOCK_O: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr):
-    """sums (parts, 3, 2 · O, 4 · C) float32: for each row of the filter what its line owes, rows (output channel, side)."""
+    """sums (parts, 3, 2 · O, 4 · C) float32: for each row of the filter, and of rows (output channel, side)."""
     CHUNKS: tl.constexpr = (4 * C + WIDTH - 1) // WIDTH
     strips = O // BLOCK_O * CHUNKS  # neighbours share places
     part, strip = tl.program_id(0) // strips, tl.program_id(0) % strips

@@ -13,7 +13,7 @@ from kernels.conv_pool import Cut, conv_pool, conv_pool_eager
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (batch, C, h, w, O): odd and even sides, one image, one window, a last tile that is not full, tiles across images.
-SHAPES = [(2, 24, 9, 8, 64), (1, 8, 4, 7, 16), (3, 32, 6, 5, 32), (1, 16, 2, 2, 16), (1, 24, 5, 11, 128)]
+SHAPES = [(2, 24, 7, 6, 64), (1, 8, 4, 7, 16), (3, 32, 6, 5, 16), (1, 16, 2, 2, 32), (1, 8, 3, 35, 128)]
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def error(found, truth):
 
 
 def gradients_by(which, x, weight, slope):
-    """(of x, of the weight) in float64, where the gradient of a pooled place goes to the one of four that `which` says."""
+    """(of x, of the weight) in float64, each pooled place's gradient sent to the one of four that `which` says."""
     dy = torch.zeros(len(x), len(weight), *x.shape[2:], dtype=torch.float64, device=DEVICE)
     height, width = slope.shape[2:]
     for tap in range(4):
@@ -62,7 +62,7 @@ def gradients_by(which, x, weight, slope):
             torch.nn.grad.conv2d_weight(x, weight.shape, dy, padding=1))
 
 
-@pytest.mark.parametrize("resident, width", [(True, 32), (False, 64), (False, 128)])
+@pytest.mark.parametrize("resident, width", [(True, 32), (False, 64)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_result_and_gradients(shape, resident, width, monkeypatch):
     use(monkeypatch, resident, width)
@@ -78,7 +78,8 @@ def test_result_and_gradients(shape, resident, width, monkeypatch):
     assert error(dw, true_dw) < 6e-4 and error(dx, true_dx) < 3e-3  # the latter is torch's own
 
 
-def test_bfloat16():
+def test_bfloat16(monkeypatch):
+    use(monkeypatch, False, 128)
     given = tensors(2, 24, 5, 6, 16)
     truth = run(conv_pool_eager, torch.float64, *given)
     found = run(conv_pool, torch.bfloat16, *given)
@@ -127,7 +128,7 @@ def test_not_a_number_spreads():
 
 
 def test_the_same_input_gives_the_same_bits():
-    given = tensors(2, 24, 9, 8, 64)
+    given = tensors(2, 24, 9, 8, 16)
     first, second = (run(conv_pool, torch.float16, *given) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
@@ -155,12 +156,12 @@ def test_strides_of_weight_and_slope_do_not_matter():
 
 
 @pytest.mark.parametrize("change, said", [
-    (dict(x=lambda x: x.contiguous()), "channels_last, got strides"), (dict(x=lambda x: x[0]), "channels_last, got str"),
-    (dict(x=lambda x: x[:, :, :1].contiguous(memory_format=torch.channels_last)), r"2×2 to pool; got shape \(2, 24, 1,"),
+    (dict(x=lambda x: x.contiguous()), "channels_last, got strides"), (dict(x=lambda x: x[0]), "channels_last, got"),
+    (dict(x=lambda x: x[:, :, :1].contiguous(memory_format=torch.channels_last)), r"2×2 to pool.* \(2, 24, 1,"),
     (dict(x=lambda x: x[:0]), r"got shape \(0, 24"), (dict(x=lambda x: x.double()), "float64 and torch.float32"),
     (dict(x=lambda x: x[:, :12].contiguous(memory_format=torch.channels_last)), r"8, 16, 24 or 32 channels.*\(2, 12,"),
     (dict(x=lambda x: x.repeat(1, 2, 1, 1).contiguous(memory_format=torch.channels_last)), r"got shape \(2, 48"),
-    (dict(weight=lambda w: w.half()), "float32 and torch.float16"), (dict(weight=lambda w: w[:, :8]), r"\(64, 8, 3, 3\)"),
+    (dict(weight=lambda w: w.half()), "float32 and torch.float16"), (dict(weight=lambda w: w[:, :8]), r"\(64, 8, 3, 3"),
     (dict(weight=lambda w: w[:24]), r"O a multiple of 16; got \(24,"), (dict(weight=lambda w: w[..., :2]), "3, 2"),
     (dict(weight=lambda w: w[:0]), r"got \(0, 24")], ids=lambda value: None)
 def test_what_does_not_fit_is_said(change, said):
