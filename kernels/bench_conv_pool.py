@@ -22,12 +22,12 @@ from .launches import kernel_us
 
 CHANNELS, SIDE = 24, 31
 # None spills for sm_90 (triton 3.6), where C = 24 and 64 or 128 channels come out.
-FORWARD = (Cut(), Cut(depth=32), Cut(warps=8), Cut(warps=8, depth=32), Cut(programs=264, resident=False),
-           Cut(stages=3, resident=False), Cut(programs=1 << 20, resident=False), Cut(128, 8, resident=False),
-           Cut(128, 8, stages=3, resident=False), Cut(128, 8, 1 << 20, resident=False))
-WEIGHT_SUMS = (Cut(warps=8, programs=264), Cut(programs=264), Cut(128, 8), Cut(128, 8, stages=3),
-               Cut(64, 8, 264, 3), Cut(64, 8, stages=3, width=64), Cut(128, 8, width=64),
-               Cut(32, 8, stages=3, width=128), Cut(32, 4, 396, 3), Cut(programs=264, channels=32, width=64))
+FORWARD = (Cut(warps=8, stages=3), Cut(stages=3), Cut(warps=8, stages=3, depth=32), Cut(stages=3, depth=32),
+           Cut(warps=8), Cut(programs=264, resident=False), Cut(programs=1 << 20, resident=False),
+           Cut(128, 8, resident=False), Cut(128, 8, stages=3, resident=False), Cut(128, 8, 1 << 20, resident=False))
+WEIGHT_SUMS = (Cut(64, 8, 264, 3), Cut(64, 8, 264), Cut(64, 4, 264, 3), Cut(64, 8, stages=4), Cut(128, 8, stages=3),
+               Cut(64, 8, stages=3, width=64), Cut(32, 8, 264, 3, width=64), Cut(32, 8, stages=4, width=128),
+               Cut(32, 4, 396, 3), Cut(32, 4, 396, 3, channels=32, width=64))
 
 
 def flops(batch: int, out: int) -> int:

@@ -10,9 +10,9 @@ gradient takes x, dp and that byte.
 
 Channels last, the four pixels of a line that a pooled place sees are 4·C numbers in a row: `_line` loads them without a
 gap whatever C is. The left two and the right two convolutions of a window share them, as columns (output channel, side)
-of one product whose filters are moved by a pixel for the right side. A quarter of the filters' entries is zero then, the
-same work as with C = 24 padded to 32, but products are twice as wide and x is loaded half as often. The price: infinite
-x gives NaN, by those zeros.
+of one product whose filters are moved by a pixel for the right side. A quarter of the filters' entries is zero then,
+the same work as with C = 24 padded to 32, but products are twice as wide and x is loaded half as often. The price:
+infinite x gives NaN, by those zeros.
 
 Partial sums of the gradient are added in an order that depends on shapes and CUTS alone: the same input gives the same
 bits. Products are of the inputs' dtype, sums float32.
@@ -41,15 +41,15 @@ class Cut:
     places: int = 64  # pooled ones, of a tile
     warps: int = 4
     programs: int = 132  # at most, over all channels
-    stages: int = 2
+    stages: int = 2  # n > 2: loads of n − 2 further tiles (or parts of one) are under way during its products
     channels: int = 64  # output channels of a program, at most
     width: int = 32  # weight_sums: so many of the 4·C numbers of a line are a program's
     resident: bool = True  # forward: filters stay in shared memory, and all of a tile of x is loaded at once
     depth: int = 64  # forward, resident: of a product, at most
 
 
-# First guesses, not yet measured.
-CUTS = {"forward": Cut(warps=8), "weight_sums": Cut(warps=8, programs=264)}
+# First guesses, not yet measured. Ahead of time for sm_90 (triton 3.6) neither spills: 212 and 116 registers.
+CUTS = {"forward": Cut(warps=8, stages=3), "weight_sums": Cut(warps=8, programs=264, stages=3)}
 # For float32, which takes no tensor cores and is for checks: small, so that nothing is spilled.
 EXACT = {"forward": Cut(places=32, stages=1, channels=16, resident=False),
          "weight_sums": Cut(places=16, stages=1, channels=16)}
