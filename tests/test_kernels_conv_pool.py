@@ -13,7 +13,7 @@ from kernels.conv_pool import Cut, conv_pool, conv_pool_eager
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (batch, C, h, w, O): odd and even sides, one image, one window, a last tile that is not full, tiles across images.
-SHAPES = [(2, 24, 7, 6, 64), (1, 8, 4, 7, 16), (3, 32, 6, 5, 16), (1, 16, 2, 2, 32), (1, 8, 3, 35, 128)]
+SHAPES = [(2, 24, 7, 6, 64), (1, 8, 4, 7, 32), (3, 32, 6, 5, 96), (1, 16, 2, 2, 32), (1, 8, 3, 35, 128)]
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def test_result_and_gradients(shape, resident, width, monkeypatch):
 
 def test_bfloat16(monkeypatch):
     use(monkeypatch, False, 128)
-    given = tensors(2, 24, 5, 6, 16)
+    given = tensors(2, 24, 5, 6, 32)
     truth = run(conv_pool_eager, torch.float64, *given)
     found = run(conv_pool, torch.bfloat16, *given)
     assert error(found[0], truth[0]) < 1e-2 and error(found[2], gradients_by(found[3], *given)[1]) < 1e-2
@@ -96,12 +96,12 @@ def passing(x, out):
 def test_of_equal_values_the_first_gets_the_gradient():
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(3, (2, 8, 7, 6), generator=generator).float().to(DEVICE)
-    slope = torch.randint(-4, 5, (2, 16, 3, 3), generator=generator).float().to(DEVICE)
-    weight = passing(x, 16)
+    slope = torch.randint(-4, 5, (2, 32, 3, 3), generator=generator).float().to(DEVICE)
+    weight = passing(x, 32)
     found, twin = (run(f, torch.float16, x, weight, slope) for f in (conv_pool, conv_pool_eager))
     assert all(torch.equal(a, b) for a, b in zip(found[:3], twin[:3]))
     windows = x[:, :, :6].unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
-    first = (windows == windows.amax(4, keepdim=True)).int().argmax(4).repeat(1, 2, 1, 1)
+    first = (windows == windows.amax(4, keepdim=True)).int().argmax(4).repeat(1, 4, 1, 1)
     assert torch.equal(found[3].long(), first)
 
 
@@ -111,7 +111,7 @@ def test_what_float16_makes_equal_is_equal():
     x[0, 0] = torch.tensor([[0.0, 2048.0], [2048.0, 2047.0]])
     x[1, 0] = torch.tensor([[0.0, 2050.0], [2052.0, 2047.0]])  # 2051 becomes 2052
     x[0, 1, 1, 0] = x[1, 1, 0, 1] = 1
-    weight, slope = passing(x, 16), torch.ones(2, 16, 1, 1, device=DEVICE)
+    weight, slope = passing(x, 32), torch.ones(2, 32, 1, 1, device=DEVICE)
     weight[0, 1, 1, 1] = 1
     y, _, _, which = run(conv_pool, torch.float16, x, weight, slope)
     assert y[:, 0, 0, 0].tolist() == [2048, 2052] and which[:, 0, 0, 0].tolist() == [1, 1]
@@ -120,7 +120,7 @@ def test_what_float16_makes_equal_is_equal():
 
 
 def test_not_a_number_spreads():
-    x, weight, _ = tensors(2, 8, 7, 6, 16)
+    x, weight, _ = tensors(2, 8, 7, 6, 32)
     for place in ((0, 3, 2, 3), (1, 0, 6, 5)):
         x[place] = float("nan")
     x, weight = (t.half().contiguous(memory_format=torch.channels_last) for t in (x, weight))
@@ -129,13 +129,13 @@ def test_not_a_number_spreads():
 
 
 def test_the_same_input_gives_the_same_bits():
-    given = tensors(2, 24, 9, 8, 16)
+    given = tensors(2, 24, 9, 8, 32)
     first, second = (run(conv_pool, torch.float16, *given) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 def test_only_wanted_gradients_are_computed(monkeypatch):
-    x, weight, slope = (t.float().contiguous(memory_format=torch.channels_last) for t in tensors(1, 8, 4, 4, 16))
+    x, weight, slope = (t.float().contiguous(memory_format=torch.channels_last) for t in tensors(1, 8, 4, 4, 32))
     monkeypatch.setattr(module, "_input_gradient", None)
     conv_pool(x, weight.requires_grad_()).backward(slope)
     assert weight.grad.shape == weight.shape
@@ -146,7 +146,7 @@ def test_only_wanted_gradients_are_computed(monkeypatch):
 
 
 def test_strides_of_weight_and_slope_do_not_matter():
-    x, weight, slope = (t.float() for t in tensors(2, 8, 5, 6, 16))
+    x, weight, slope = (t.float() for t in tensors(2, 8, 5, 6, 32))
     x = x.contiguous(memory_format=torch.channels_last)
     results = []
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -163,7 +163,7 @@ def test_strides_of_weight_and_slope_do_not_matter():
     (dict(x=lambda x: x[:, :12].contiguous(memory_format=torch.channels_last)), r"8, 16, 24 or 32 channels.*\(2, 12,"),
     (dict(x=lambda x: x.repeat(1, 2, 1, 1).contiguous(memory_format=torch.channels_last)), r"got shape \(2, 48"),
     (dict(weight=lambda w: w.half()), "float32 and torch.float16"), (dict(weight=lambda w: w[:, :8]), r"\(64, 8, 3, 3"),
-    (dict(weight=lambda w: w[:24]), r"O a multiple of 16; got \(24,"), (dict(weight=lambda w: w[..., :2]), "3, 2"),
+    (dict(weight=lambda w: w[:24]), r"O a multiple of 32; got \(24,"), (dict(weight=lambda w: w[..., :2]), "3, 2"),
     (dict(weight=lambda w: w[:0]), r"got \(0, 24")], ids=lambda value: None)
 def test_what_does_not_fit_is_said(change, said):
     x, weight, _ = (t.float().contiguous(memory_format=torch.channels_last) for t in tensors(2, 24, 6, 6, 64))
@@ -234,4 +234,5 @@ def test_the_kernels_compile_for_hopper_without_spilling():
     for found in printed_by(PROGRAM):
         assert "0 bytes spill stores, 0 bytes spill loads" in found["said"], found["said"]
         assert found["shared"] <= 232448 and found["wgmma"] > 0
-        assert found["sizes"] and set(found["sizes"]) == {16} and not found["narrow"]  # 16 bytes a thread
+        # 16 bytes a thread; of 32 places' `which` there are but 8 for each of 256
+        assert 16 in found["sizes"] and set(found["sizes"]) <= {8, 16} and not found["narrow"]
