@@ -5,9 +5,9 @@
     python train_cifar.py --preset local               no GPU, no network: a small network on synthetic images
     python train_cifar.py --help                       every setting
 
-Result: 94.05 % in 0.951 s, mean of n = 24 runs that were not tuned, on one NVIDIA H200 with torch 2.11
-(records/studies/cifar-first-runs; its kernels were rewritten since); the 200 runs that the track asks for, and 96 %: not
-yet measured.
+Result: 93.98 % in 0.748 s with 7.5 epochs, mean of n = 20 runs on one NVIDIA H200 with torch 2.11; with SiLU and 8 epochs
+94.02 % in 0.787 s, n = 20 (records/studies/cifar-search). The preset lies between, with 7.75; its 200 runs, which the
+track asks for, and the preset for 96 % are not yet measured.
 
 One file, one story: settings, schedules, network, training, runs. The clock runs from the first look at the training
 images to the last prediction for the test images, as in airbench; compiling, capturing CUDA graphs, copying the data
@@ -80,7 +80,7 @@ class Settings:
     depth: int = option(2, "convolutions in a group; around the last two of three goes a residual", choices=(2, 3))
     activation: str = option("gelu", "after every normalisation", choices=("gelu", "silu"))
     # training
-    epochs: float = option(8.0, "times that every image is seen", least=1e-3)
+    epochs: float = option(7.75, "times that every image is seen", least=1e-3)
     batch_size: int = option(2000, "images in a step; what an epoch has beyond full batches is left out", least=2)
     translate: int = option(2, "images are shifted by up to so many pixels, mirrored at the border", least=0, most=31)
     cutout: int = option(0, "side of a square of each training image that is blanked, in pixels", least=0, most=31)
@@ -94,10 +94,10 @@ class Settings:
     head_lr: float = option(0.67, "of the output layer", least=0)
     rest_momentum: float = option(0.85, "of biases and head with sgd", least=0, most=0.9999)
     weight_decay: float = option(0.004, "of biases and head in a step; filters keep a fixed norm instead", least=0)
-    whiten_epochs: float = option(3.0, "the bias of the whitening layer trains in the first so many", least=0)
+    whiten_epochs: float = option(1.0, "the bias of the whitening layer trains in the first so many", least=0)
     # evaluation
     views: int = option(6, "of a test image: 1, 2 (mirrored), 6 (shifted by a pixel both ways too)", choices=(1, 2, 6))
-    views_for: float = option(1.0, "fraction of test images, the least certain, that get all six", least=0, most=1)
+    views_for: float = option(0.25, "fraction of test images, the least certain, that get all six", least=0, most=1)
     # machine
     engine: str = option("auto", "fused kernels (auto: where they run) or plain torch",
                          choices=("auto", "fused", "eager"))
@@ -130,12 +130,12 @@ class Settings:
 
 PRESETS = {
     "94": {},
-    # The deeper, wider network of airbench96 with cut-outs; with Muon in place of SGD: not yet tuned, not yet measured.
-    "96": dict(track="cifar10-96", target=0.96, width1=128, width2=384, width3=512, depth=3, epochs=24.0,
-               batch_size=1000, translate=4, cutout=12, weight_decay=0.002),
+    # The deeper, wider network of airbench96 with cut-outs, and Muon in place of SGD. These settings: not yet measured.
+    "96": dict(track="cifar10-96", target=0.96, width1=128, width2=384, width3=512, depth=3, activation="silu",
+               epochs=30.0, translate=4, cutout=12, lr=0.18, weight_decay=0.002, views_for=0.5),
     "local": dict(track="cifar10-local", target=None, source="synthetic", dtype="float32", train_images=5000,
                   test_images=1000, width1=16, width2=32, width3=32, epochs=4.0, batch_size=125, weight_decay=0.00025,
-                  whiten_epochs=1.0, lr=0.12, views_for=0.25),
+                  lr=0.12),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
