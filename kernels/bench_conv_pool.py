@@ -138,7 +138,7 @@ def show_errors(layer: Layer, images: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench_conv_pool", description=__doc__.split("\n")[0])
     parser.add_argument("--batch", type=int, default=2000, help="images (default 2000)")
-    parser.add_argument("--out-channels", type=int, default=64, help="a multiple of 16 (default 64)")
+    parser.add_argument("--out-channels", type=int, default=64, help="a multiple of 32 (default 64)")
     parser.add_argument("--samples", type=int, default=20, help="of every time; their median counts (default 20)")
     parser.add_argument("--checked", type=int, default=64, help="images to take errors of (default 64)")
     parser.add_argument("--tune", action="store_true", help="try other cuts first, and take the best")

@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import time
+import weakref
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -96,6 +97,7 @@ class Record:
         write_whole(self.folder / "log.txt", block)
         with writing(self.folder / "log.txt"):
             self._log = open(self.folder / "log.txt", "ab", buffering=0)
+        weakref.finalize(self, self._log.close)     # lines may still come after the end
         self._wandb = None if wandb is None else wandb_log.start(wandb, self.folder.name, self._content, self.line)
 
     def data(self, files):

@@ -1,5 +1,6 @@
 """The record of a run: what is in it, that it is true whenever the run ends, and that it names no machine."""
 import builtins
+import gc
 import hashlib
 import io
 import json
@@ -130,6 +131,15 @@ def test_the_hash_of_the_log_comes_at_the_end_and_stays_true(tmp_path, monkeypat
     record = new_record(tmp_path)
     record.fail("failed", "why")
     assert fits() and log_of(record).endswith("failed: why\n")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_record_that_nobody_needs_any_more_closes_its_log(tmp_path):
+    record = new_record(tmp_path)
+    record.itself, log = record, record._log    # as the traceback of a failed run keeps it
+    del record
+    gc.collect()
+    assert log.closed
 
 
 def test_a_track_of_accuracies(tmp_path, capsys):
