@@ -286,7 +286,7 @@ def stages(s: Settings) -> list[tuple[list[int], str]]:
 # Attention over a stream of documents: causal, within a document, within a window
 
 
-SCALE = 0.12  # of scores, products of q and k of unit norm
+SCALE = 0.12  # of scores, products of q and k of root mean square 1
 
 
 def most_score(s: Settings) -> float:
