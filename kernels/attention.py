@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .instructions import INTERPRETED, exp2
+from .instructions import dot, exp2
 
 DTYPES = (torch.bfloat16, torch.float32)
 HEAD_DIMS = (16, 32, 64, 128)
@@ -89,13 +89,6 @@ def attention_eager(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window:
 
 
 @triton.jit
-def _dot(a, b, sums=None):
-    if INTERPRETED:  # it holds bfloat16 as integers
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sums, input_precision="ieee")
-
-
-@triton.jit
 def _rows(x, first, stride, T, BLOCK: tl.constexpr, D: tl.constexpr):
     """(pointers to rows first … first + BLOCK of x (T, D) with this stride, mask)."""
     row, column = tl.arange(0, BLOCK), tl.arange(0, D)
@@ -144,12 +137,12 @@ def _attention_forward_kernel(q, k, v, limits, y, lse, T, window, factor, offset
     queries = q.load([first, column])
     sums, total = tl.zeros((QUERIES, D), dtype=tl.float32), tl.zeros((QUERIES,), dtype=tl.float32)
     for n in tl.range(begin, end, KEYS):
-        p = exp2(_dot(queries, k.load([n, column]).T) * factor - offset)
+        p = exp2(dot(queries, k.load([n, column]).T) * factor - offset)
         p = _masked(p, n, clear, first + 1, low, row + 1, BRANCH, KEYS)
         values = v.load([n, column])
         p = p.to(values.dtype)
         total += tl.sum(p.to(tl.float32), 1)  # of what the product takes: one p that outweighs all others gives its v
-        sums = _dot(p, values, sums)
+        sums = dot(p, values, sums)
     # The promise assures a sum of 2^(−2 offset) at least; a factor of 16 is for what rounding adds to scores. Beyond
     # 2^126 a GPU may take the inverse for 0.
     kept = (total >= tl.exp2(-2 * offset - 4)) & (total <= 8.507059173023462e37)
@@ -175,10 +168,10 @@ def _attention_dq_kernel(q, k, v, limits, y, lse, dy, dq, delta, T, window, fact
     sums = tl.zeros((QUERIES, D), dtype=tl.float32)
     for n in tl.range(begin, end, KEYS):
         keys = k.load([n, column])
-        p = exp2(_dot(queries, keys.T) * factor - logs[:, None])
+        p = exp2(dot(queries, keys.T) * factor - logs[:, None])
         p = _masked(p, n, clear, first + 1, low, row + 1, BRANCH, KEYS)
-        p *= _dot(slopes, v.load([n, column]).T) - along[:, None]
-        sums = _dot(p.to(keys.dtype), keys, sums)
+        p *= dot(slopes, v.load([n, column]).T) - along[:, None]
+        sums = dot(p.to(keys.dtype), keys, sums)
     at, inside = _rows(dq + column, first, heads * D, T, QUERIES, D)
     tl.store(at, (sums * scale).to(dq.dtype.element_ty), mask=inside)
 
@@ -200,11 +193,11 @@ def _attention_dkdv_kernel(q, k, v, limits, lse, dy, delta, dk, dv, T, window, f
         queries, slopes = q.load([m, column]), dy.load([m, column])
         row = m + tl.arange(0, QUERIES)
         logs, along = tl.load(lse + row, mask=row < T, other=0.0), tl.load(delta + row, mask=row < T, other=0.0)
-        p = exp2(_dot(keys, queries.T) * factor - logs[None, :])
+        p = exp2(dot(keys, queries.T) * factor - logs[None, :])
         p = _masked(p, m, last, clear, key, high, BRANCH, QUERIES)
-        dvalues = _dot(p.to(slopes.dtype), slopes, dvalues)
-        p *= _dot(values, slopes.T) - along[None, :]
-        dkeys = _dot(p.to(queries.dtype), queries, dkeys)
+        dvalues = dot(p.to(slopes.dtype), slopes, dvalues)
+        p *= dot(values, slopes.T) - along[None, :]
+        dkeys = dot(p.to(queries.dtype), queries, dkeys)
     at, inside = _rows(dk + column, first, heads * D, T, KEYS, D)
     tl.store(at, (dkeys * scale).to(dk.dtype.element_ty), mask=inside)
     at, inside = _rows(dv + column, first, heads * D, T, KEYS, D)

@@ -19,9 +19,8 @@ import triton
 from torch import Tensor
 
 from . import attention as module
-from . import why_not
 from .attention import Cut, attention, attention_eager, bounds
-from .launches import kernel_us
+from .launches import kernel_us, need_gpu
 
 SCALE, LONGEST = 0.12, 2048
 KERNELS = ("forward", "dq", "dkdv")
@@ -179,9 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=20, help="of every kernel; their median counts (default 20)")
     parser.add_argument("--tune", action="store_true", help="try other cuts first, and take the best")
     options = parser.parse_args(arguments)
-    obstacle = why_not(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if obstacle or not torch.cuda.is_available():
-        parser.exit(2, f"kernels.bench_attention: the kernels cannot run: {obstacle or 'torch finds no GPU'}\n")
+    need_gpu(parser)
     case = Case(options.tokens, options.heads, options.head_dim)
     lengths = case.cu_seqlens.diff().float()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}: {options.tokens} "

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton.testing import do_bench
 
-from . import conv_pool, why_not
+from . import conv_pool
 from .conv_pool import Cut
-from .launches import kernel_us
+from .launches import kernel_us, need_gpu
 
 CHANNELS, SIDE = 24, 31
 # None spills for sm_90 (triton 3.6), where C = 24 and 64 or 128 channels come out.
@@ -143,9 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checked", type=int, default=64, help="images to take errors of (default 64)")
     parser.add_argument("--tune", action="store_true", help="try other cuts first, and take the best")
     options = parser.parse_args(arguments)
-    obstacle = why_not(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if obstacle or not torch.cuda.is_available():
-        parser.exit(2, f"kernels.bench_conv_pool: the kernels cannot run: {obstacle or 'torch finds no GPU'}\n")
+    need_gpu(parser)
     torch.backends.cudnn.benchmark = True
     layer = Layer(options.batch, options.out_channels)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: "

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from . import cross_entropy, why_not
+from . import cross_entropy
 from .bench import event_us
 from .cross_entropy import softcapped_cross_entropy, softcapped_cross_entropy_eager
+from .launches import need_gpu
 
 CAP = 23.0, 5.0, 7.5
 PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "splitk")  # in the names of cuBLAS's kernels
@@ -71,9 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
                               ("samples", 10, "of every time; their median counts")):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default {value})")
     options = parser.parse_args(arguments)
-    obstacle = why_not(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if obstacle or not torch.cuda.is_available():
-        parser.exit(2, f"kernels.bench_cross_entropy: the kernels cannot run: {obstacle or 'torch finds no GPU'}\n")
+    need_gpu(parser)
     cross_entropy.ROWS = options.rows
     given = tensors(options.tokens, options.vocabulary, options.width, options.targets)
     few = [given[0].detach()[: options.check].clone().requires_grad_(), given[1], given[2][: options.check], given[3]]

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import augment, norm_act, why_not
-from .launches import kernel_us
+from . import augment, norm_act
+from .launches import kernel_us, need_gpu
 from .norm_act import Cut
 
 COPY_TB_PER_S = 4.2
@@ -164,9 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=20, help="of every time; their median counts (default 20)")
     parser.add_argument("--tune", action="store_true", help="try other cuts first, and take the best")
     options = parser.parse_args(arguments)
-    obstacle = why_not(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if obstacle or not torch.cuda.is_available():
-        parser.exit(2, f"kernels.bench_norm_act: the kernels cannot run: {obstacle or 'torch finds no GPU'}\n")
+    need_gpu(parser)
     network = layers(options.batch, options.widths)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: batch {options.batch}, float16")
     for act in options.act:

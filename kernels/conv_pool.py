@@ -28,7 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .instructions import INTERPRETED
+from .instructions import dot
+from .norm_act import larger
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 REDUCED = 128  # numbers of the weight's gradient that a program finishes
@@ -64,13 +65,6 @@ def conv_pool_eager(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @triton.jit
-def _dot(a, b, sums=None):
-    if INTERPRETED:  # it holds bfloat16 as integers
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sums, input_precision="ieee")
-
-
-@triton.jit
 def _corner(tile, places, H, W, P: tl.constexpr):
     """(places of a tile, mask, image, row and column of the upper left pixel that each sees: one out of its window)."""
     place = tile * P + tl.arange(0, P)
@@ -99,20 +93,14 @@ def _filters(weight, r, j, first, C: tl.constexpr, BLOCK_O: tl.constexpr):
 
 
 @triton.jit
-def _larger(value, best, other, tap: tl.constexpr):
-    larger = (other > value) | (other != other)  # NaN spreads, as in torch
-    return tl.where(larger, other, value), tl.where(larger, tap, best)
-
-
-@triton.jit
 def _pooled(upper, lower, pooled, which, place, inside, first, O, P: tl.constexpr, BLOCK_O: tl.constexpr):
     """Stores the largest of the four, and which it is, of what the convolution would have rounded to its dtype."""
     dtype = pooled.dtype.element_ty
     value, other = tl.split(tl.reshape(upper.to(dtype).to(tl.float32), (P, BLOCK_O, 2)))
-    value, best = _larger(value, tl.zeros((P, BLOCK_O), dtype=tl.int32), other, 1)
+    value, best = larger(value, tl.zeros((P, BLOCK_O), dtype=tl.int32), other, 1)
     left, right = tl.split(tl.reshape(lower.to(dtype).to(tl.float32), (P, BLOCK_O, 2)))
-    value, best = _larger(value, best, left, 2)
-    value, best = _larger(value, best, right, 3)
+    value, best = larger(value, best, left, 2)
+    value, best = larger(value, best, right, 3)
     at = place.to(tl.int64)[:, None] * O + (first + tl.arange(0, BLOCK_O))[None, :]
     tl.store(pooled + at, value.to(dtype), mask=inside[:, None])
     tl.store(which + at, best.to(tl.int8), mask=inside[:, None])
@@ -139,9 +127,9 @@ def _conv_pool_kernel(x, weight, pooled, which, places, H, W, O, tiles, parts, C
                 for r in tl.static_range(4):
                     seen = _line(x, r, j, inside, image, row, column, H, W, C)
                     if r < 3:
-                        upper = _dot(seen, filters[start // DEPTH * 3 + r], upper)
+                        upper = dot(seen, filters[start // DEPTH * 3 + r], upper)
                     if r > 0:
-                        lower = _dot(seen, filters[start // DEPTH * 3 + r - 1], lower)
+                        lower = dot(seen, filters[start // DEPTH * 3 + r - 1], lower)
             _pooled(upper, lower, pooled, which, place, inside, first, O, P, BLOCK_O)
     else:
         for tile in tl.range(part, tiles, parts, flatten=True):
@@ -155,11 +143,11 @@ def _conv_pool_kernel(x, weight, pooled, which, places, H, W, O, tiles, parts, C
                 c = _line(x, 2, j, inside, image, row, column, H, W, C)
                 d = _line(x, 3, j, inside, image, row, column, H, W, C)
                 filters = _filters(weight, 0, j, first, C, BLOCK_O)
-                upper, lower = _dot(a, filters, upper), _dot(b, filters, lower)
+                upper, lower = dot(a, filters, upper), dot(b, filters, lower)
                 filters = _filters(weight, 1, j, first, C, BLOCK_O)
-                upper, lower = _dot(b, filters, upper), _dot(c, filters, lower)
+                upper, lower = dot(b, filters, upper), dot(c, filters, lower)
                 filters = _filters(weight, 2, j, first, C, BLOCK_O)
-                upper, lower = _dot(c, filters, upper), _dot(d, filters, lower)
+                upper, lower = dot(c, filters, upper), dot(d, filters, lower)
             _pooled(upper, lower, pooled, which, place, inside, first, O, P, BLOCK_O)
 
 
@@ -192,9 +180,9 @@ def _weight_sums_kernel(x, dp, which, sums, places, H, W, O, tiles, parts, C: tl
         c = _line(x, 2, j, inside, image, row, column, H, W, C)
         d = _line(x, 3, j, inside, image, row, column, H, W, C)
         upper = _sent(slope, best, 0, P, BLOCK_O)
-        over, middle, under = _dot(upper, a, over), _dot(upper, b, middle), _dot(upper, c, under)
+        over, middle, under = dot(upper, a, over), dot(upper, b, middle), dot(upper, c, under)
         lower = _sent(slope, best, 2, P, BLOCK_O)
-        over, middle, under = _dot(lower, b, over), _dot(lower, c, middle), _dot(lower, d, under)
+        over, middle, under = dot(lower, b, over), dot(lower, c, middle), dot(lower, d, under)
     n = 2 * first + tl.arange(0, 2 * BLOCK_O)
     at = sums + ((part.to(tl.int64) * 3 * (2 * O) + n) * (4 * C))[:, None] + j[None, :]
     real = (j < 4 * C)[None, :] & (n < 2 * O)[:, None]
@@ -229,11 +217,6 @@ def _spread_kernel(dp, which, dy, H, W, O, numbers, BLOCK: tl.constexpr):
     at = ((image * (H // 2) + row // 2) * (W // 2) + column // 2) * O + channel
     here = tl.load(which + at, mask=inside, other=-1) == row % 2 * 2 + column % 2
     tl.store(dy + i, tl.load(dp + at, mask=inside & here, other=0.0), mask=i < numbers)
-
-
-def fits(channels: int, out: int) -> bool:
-    """Whether conv_pool takes so many input and output channels."""
-    return 8 <= channels <= 32 and channels % 8 == 0 and out > 0 and out % 32 == 0
 
 
 def conv_pool(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
-"""Single instructions of a GPU that Triton has no name for, and what its interpreter, which knows no assembly, does in
-their place. By tl.exp2 and by a division they would be several instructions each, for numbers that are not needed."""
+"""Instructions of a GPU, and what Triton's interpreter does in their place, which knows no assembly and no bfloat16.
+
+exp2 and inverse: by tl.exp2 and a division they would be several instructions each, for numbers that are not needed.
+"""
 
 import os
 
@@ -7,6 +9,14 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def dot(a, b, sums=None):
+    """sums + a @ b in float32, without TF32."""
+    if INTERPRETED:  # it holds bfloat16 as integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision="ieee")
 
 
 @triton.jit

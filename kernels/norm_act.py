@@ -80,14 +80,20 @@ def _corner(rows, channels, H, W, C):
 
 
 @triton.jit
+def larger(value, best, other, tap: tl.constexpr):
+    """The larger of value and other, and which of a window it is: best, or tap."""
+    other_is = (other > value) | (other != other)  # NaN spreads, as in torch
+    return tl.where(other_is, other, value), tl.where(other_is, tap, best).to(best.dtype)
+
+
+@triton.jit
 def _largest(x, corner, inside, W, C):
     """(maximum of four, which of them: 0 … 3) of a tile."""
     value = tl.load(x + corner, mask=inside, other=0.0)
     best = tl.zeros(value.shape, dtype=tl.int8)
     for tap in tl.static_range(1, 4):
         other = tl.load(x + corner + ((tap // 2) * W + tap % 2) * C, mask=inside, other=0.0)
-        larger = (other > value) | (other != other)  # NaN spreads, as in torch
-        value, best = tl.where(larger, other, value), tl.where(larger, tap, best).to(tl.int8)
+        value, best = larger(value, best, other, tap)
     return value, best
 
 
