@@ -38,6 +38,7 @@ from data import cifar10
 from data.shards import DataError
 from data.views import training_table, view_table
 from kernels.augment import MEAN, STD, whiten, whiten_eager
+from kernels.conv_pool import conv_pool, fits
 from kernels.graph import captured
 from kernels.norm_act import norm_act, norm_act_eager
 from optim import OPTIMIZERS, POLARS, Adam, NonFiniteError, get_optimizer, route, route_table
@@ -193,16 +194,21 @@ class NormAct(nn.Module):
 
 
 class Group(nn.Module):
-    """Convolutions of 3×3, the first followed by a pool; with three the input of the second is added to the third."""
+    """Convolutions of 3×3, the first followed by a pool; with three the input of the second is added to the third.
+
+    Few inputs (the network's first group) take kernels/conv_pool.py for the first two where `fused`."""
 
     def __init__(self, inputs: int, outputs: int, s: Settings, fused: bool):
         super().__init__()
+        self.pooling = fused and fits(inputs, outputs)
         self.convs = nn.ModuleList(nn.Conv2d(outputs if i else inputs, outputs, 3, padding=1, bias=False)
                                    for i in range(s.depth))
-        self.norms = nn.ModuleList(NormAct(outputs, s.activation, i == 0, fused) for i in range(s.depth))
+        self.norms = nn.ModuleList(NormAct(outputs, s.activation, i == 0 and not self.pooling, fused)
+                                   for i in range(s.depth))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = first = self.norms[0](self.convs[0](x))
+        x = conv_pool(x, self.convs[0].weight) if self.pooling else self.convs[0](x)
+        x = first = self.norms[0](x)
         x = self.norms[1](self.convs[1](x))
         return x if len(self.convs) == 2 else self.norms[2](self.convs[2](x), first)
 

@@ -219,6 +219,11 @@ def _spread_kernel(dp, which, dy, H, W, O, numbers, BLOCK: tl.constexpr):
     tl.store(dy + i, tl.load(dp + at, mask=inside & here, other=0.0), mask=i < numbers)
 
 
+def fits(channels: int, out: int) -> bool:
+    """Does conv_pool take a convolution of so many channels to so many?"""
+    return channels in (8, 16, 24, 32) and out > 0 and out % 32 == 0
+
+
 def conv_pool(x: Tensor, weight: Tensor) -> Tensor:
     """As conv_pool_eager. x is channels last, C a multiple of 8 up to 32, O one of 32, both of one of DTYPES; so is the
     result. The gradient of x is left to torch's convolution, for the few steps that need it."""
@@ -228,11 +233,11 @@ def conv_pool(x: Tensor, weight: Tensor) -> Tensor:
     if x.dtype not in DTYPES or weight.dtype != x.dtype:
         raise ValueError(f"conv_pool needs x and weight of one dtype, float16, bfloat16 or float32; got {x.dtype} and "
                          f"{weight.dtype}")
-    if x.size(1) % 8 or not 8 <= x.size(1) <= 32 or min(x.shape[2:]) < 2 or not x.size(0):
-        raise ValueError(f"conv_pool needs 8, 16, 24 or 32 channels, and 2×2 to pool; got shape {tuple(x.shape)}")
-    if weight.shape[1:] != (x.size(1), 3, 3) or weight.size(0) % 32 or not weight.size(0):
-        raise ValueError(f"conv_pool needs a weight (O, {x.size(1)}, 3, 3), O a multiple of 32; got "
-                         f"{tuple(weight.shape)}")
+    if weight.shape[1:] != (x.size(1), 3, 3) or not fits(x.size(1), len(weight)):
+        raise ValueError(f"conv_pool needs 8, 16, 24 or 32 channels C and a weight (O, C, 3, 3), O a multiple of 32; "
+                         f"got {x.size(1)} channels and {tuple(weight.shape)}")
+    if min(x.shape[2:]) < 2 or not x.size(0):
+        raise ValueError(f"conv_pool needs images with 2×2 pixels to pool; got shape {tuple(x.shape)}")
     return _ConvPool.apply(x, weight)
 
 

@@ -158,19 +158,31 @@ def test_strides_of_weight_and_slope_do_not_matter():
 
 @pytest.mark.parametrize("change, said", [
     (dict(x=lambda x: x.contiguous()), "channels_last, got strides"), (dict(x=lambda x: x[0]), "channels_last, got"),
-    (dict(x=lambda x: x[:, :, :1].contiguous(memory_format=torch.channels_last)), r"2×2 to pool.* \(2, 24, 1,"),
+    (dict(x=lambda x: x[:, :, :1].contiguous(memory_format=torch.channels_last)), r"2×2 pixels to pool.*\(2, 24, 1,"),
     (dict(x=lambda x: x[:0]), r"got shape \(0, 24"), (dict(x=lambda x: x.double()), "float64 and torch.float32"),
-    (dict(x=lambda x: x[:, :12].contiguous(memory_format=torch.channels_last)), r"8, 16, 24 or 32 channels.*\(2, 12,"),
-    (dict(x=lambda x: x.repeat(1, 2, 1, 1).contiguous(memory_format=torch.channels_last)), r"got shape \(2, 48"),
+    (dict(x=lambda x: x[:, :12].contiguous(memory_format=torch.channels_last)), "8, 16, 24 or 32 channels.*got 12 "),
+    (dict(x=lambda x: x.repeat(1, 2, 1, 1).contiguous(memory_format=torch.channels_last)), "got 48 channels"),
     (dict(weight=lambda w: w.half()), "float32 and torch.float16"), (dict(weight=lambda w: w[:, :8]), r"\(64, 8, 3, 3"),
-    (dict(weight=lambda w: w[:24]), r"O a multiple of 32; got \(24,"), (dict(weight=lambda w: w[..., :2]), "3, 2"),
-    (dict(weight=lambda w: w[:0]), r"got \(0, 24")], ids=lambda value: None)
+    (dict(weight=lambda w: w[:24]), r"O a multiple of 32; got 24 channels and \(24,"), (dict(weight=lambda w: w[..., :2]), "3, 2"),
+    (dict(weight=lambda w: w[:0]), r"channels and \(0, 24")], ids=lambda value: None)
 def test_what_does_not_fit_is_said(change, said):
     x, weight, _ = (t.float().contiguous(memory_format=torch.channels_last) for t in tensors(2, 24, 6, 6, 64))
     arguments = dict(x=x, weight=weight)
     arguments |= {name: alter(arguments[name]) for name, alter in change.items()}
     with pytest.raises(ValueError, match=said):
         conv_pool(**arguments)
+
+
+def test_what_fits_is_taken():
+    for channels in (0, 8, 12, 32, 40):
+        for out in (0, 16, 32, 48, 96):
+            x, weight = torch.zeros(1, channels, 2, 2, device=DEVICE), torch.zeros(out, channels, 3, 3, device=DEVICE)
+            x = x.contiguous(memory_format=torch.channels_last)
+            if module.fits(channels, out):
+                assert conv_pool(x, weight).shape == (1, out, 1, 1)
+            else:
+                with pytest.raises(ValueError, match=f"got {channels} channels and"):
+                    conv_pool(x, weight)
 
 
 def test_the_bench_counts_the_products_that_are_needed():

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import train_cifar
 from data import cifar10
+from kernels.conv_pool import conv_pool
 from optim import OPTIMIZERS, get_polar, route
 from records.log import Record, parse_log, unpack_source
 from records.runs import read_experiment, read_run
@@ -183,10 +184,14 @@ def losses(data):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run in the interpreter only where there is no GPU")
-@pytest.mark.parametrize("changes", [dict(), dict(depth=3, cutout=8, activation="silu")], ids=["94", "96"])
-def test_fused_kernels_train_as_torch_does(data, changes):
+@pytest.mark.parametrize("changes", [dict(), dict(width1=32), dict(depth=3, cutout=8, activation="silu")],
+                         ids=["94", "94 with conv_pool", "96"])
+def test_fused_kernels_train_as_torch_does(data, changes, monkeypatch):
+    pooled = []
+    monkeypatch.setattr(train_cifar, "conv_pool", lambda *tensors: pooled.append(1) or conv_pool(*tensors))
     small = dict(epochs=0.5, batch_size=5, train_images=30, test_images=6, whiten_epochs=0.25, views=2, **changes)
     eager, fused = (trainer(data, engine=engine, **small).run(5) for engine in ("eager", "fused"))
+    assert bool(pooled) == ("width1" in changes)  # 8 filters are too few for it
     assert fused.losses == pytest.approx(eager.losses, abs=2e-3)
     assert fused.test_loss == pytest.approx(eager.test_loss, abs=5e-3)
 
@@ -435,8 +440,8 @@ def test_no_part_of_the_images_is_looked_at_that_was_not_asked_for():
 # On a GPU
 
 
-# Differences in the last bits grow by 1e5 in ten steps of TINY, by 1e2 in ten of these.
-CALM = TINY | dict(batch_size=150, epochs=6, lr=0.03)
+# Differences in the last bits grow by 1e5 in ten steps of TINY, by 1e2 in ten of these. 32 filters: conv_pool's.
+CALM = TINY | dict(width1=32, batch_size=150, epochs=6, lr=0.03)
 
 
 @pytest.fixture(scope="module")
