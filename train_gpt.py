@@ -34,6 +34,7 @@ from data import fineweb, local_text, shards
 from data.shards import DataError, TrainLoader, document_token, validation_batches
 from kernels import attention as fused
 from kernels import why_not
+from kernels.add_rows import add_rows, add_rows_eager
 from kernels.cross_entropy import MOST_SCALE, softcapped_cross_entropy
 from optim import OPTIMIZERS, POLARS, NonFiniteError, budgets, get_optimizer, route, route_table
 from optim.parts import part
@@ -558,7 +559,8 @@ class GPT(nn.Module):
         return F.embedding(rows, table).to(self.dtype)
 
     def add_to_rows(self, table: Tensor, rows: Tensor, x: Tensor) -> None:
-        table.index_add_(0, rows, x.to(table.dtype))
+        add = add_rows if table.is_cuda and why_not(table.device) is None else add_rows_eager
+        add(table, rows, x.contiguous())
 
     def pair_rows(self, tokens: Tensor, documents: Tensor) -> Tensor:
         """Rows in the bigram embedding (modded-nanogpt). 32 bits of a hash of both tokens (Knuth's multiplication by

@@ -340,9 +340,9 @@ def test_the_record_networks_are_those_of_airbench(changes, matrices, parameters
     assert [name for name, _ in routed["head"]] == ["head.weight"] and len(routed["scalar"]) == 1 + matrices
 
 
-def test_the_default_is_194_steps():
+def test_the_default_is_197_steps():
     s = Settings()
-    assert (s.steps, s.epoch_steps, s.whiten_steps, s.batch_size) == (194, 25, 25, 2000)
+    assert (s.steps, s.epoch_steps, s.whiten_steps, s.batch_size) == (197, 25, 25, 2000)
 
 
 def test_filters_have_the_norm_of_their_number_before_each_step(data):
