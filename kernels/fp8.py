@@ -33,7 +33,7 @@ def _scale(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _eight_bits(values, KIND: tl.constexpr):
+def eight_bits(values, KIND: tl.constexpr):
     """float32 rounded to the dtype KIND.
 
     Four at a time by assembly. Of triton's own casts, of which some bytes are stored one by one (to be transposed) and
@@ -56,7 +56,7 @@ def _eight_bits(values, KIND: tl.constexpr):
 @triton.jit
 def store_both(values, straight, transposed, rows, columns, R, C):
     """A float32 tile into (R, C) `straight` and (C, R) `transposed`, 8 bits each; what lies beyond is left out."""
-    values = _eight_bits(values, straight.dtype.element_ty)
+    values = eight_bits(values, straight.dtype.element_ty)
     at = rows.to(tl.int64)[:, None] * C + columns[None, :]
     tl.store(straight + at, values, mask=(rows < R)[:, None] & (columns < C)[None, :])
     at = columns.to(tl.int64)[:, None] * R + rows[None, :]

@@ -350,7 +350,7 @@ print(json.dumps(dict(
     sums=build(file._rows_kernel, file._WARPS, IN_PLACE=False, **rows),
     slopes=build(file._rows_kernel, file._WARPS, IN_PLACE=True, **rows),
     exact=build(file._rows_kernel, file._WARPS, IN_PLACE=False, **rows | dict(FAST=False)),
-    both=build(file._slopes_kernel, 8, **common, **tile),
+    both=build(file._slopes_kernel, file._TILE_WARPS, LANES=4, **common, **tile),
     cast=build(fp8._cast_kernel, 8, ROWS=fp8._ROWS, COLUMNS=fp8._COLUMNS))))
 """
 
@@ -362,5 +362,5 @@ def test_the_kernels_compile_for_hopper():
     assert all(found[name]["stores"] > 0 for name in ("slopes", "both", "cast"))  # 16 bytes a thread
     assert found["exact"]["tanh"] == 0
     assert found["cast"]["fours"] and found["both"]["fours"]  # not triton's own cast: see kernels/fp8.py
-    each = module._TILE_ROWS * module._TILE_COLUMNS // 256  # of a thread
+    each = module._TILE_ROWS * (module._TILE_COLUMNS + 4) // (32 * module._TILE_WARPS)  # of a thread; of 4 targets, too
     assert found["both"]["tanh"] == found["both"]["exp"] == each  # not once more for the transposed store
