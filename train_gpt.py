@@ -382,7 +382,7 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int, sequence_length: int):
         super().__init__()
-        turning, shape = head_dim // 4, (1, sequence_length, 1, head_dim // 2)
+        turning, shape = head_dim // 4, (1, sequence_length, 1, head_dim)
         frequency = torch.cat([(1 / 1024) ** torch.linspace(0, 1, turning), torch.zeros(head_dim // 2 - turning)])
         for name, buffer in dict(frequency=frequency, cos=torch.empty(shape), sin=torch.empty(shape)).items():
             self.register_buffer(name, buffer, persistent=False)
@@ -396,13 +396,13 @@ class Rotary(nn.Module):
         frequency = self.frequency * (same + (1 - same) * first / window)
         angle = torch.outer(torch.arange(self.cos.size(1), dtype=torch.float32, device=frequency.device), frequency)
         sharpness = (1 + 0.2 * math.log(window / first)) ** 0.5
-        self.cos.copy_((sharpness * angle.cos())[None, :, None, :])
-        self.sin.copy_((sharpness * angle.sin())[None, :, None, :])
+        self.cos.copy_((sharpness * torch.cat([angle.cos(), angle.cos()], dim=1))[None, :, None, :])
+        self.sin.copy_((sharpness * torch.cat([angle.sin(), -angle.sin()], dim=1))[None, :, None, :])
 
     def forward(self, x: Tensor) -> Tensor:  # (sequences · length, heads, head_dim)
-        first, second = x.float().view(-1, self.cos.size(1), *x.shape[1:]).chunk(2, dim=-1)
-        turned = (first * self.cos + second * self.sin, second * self.cos - first * self.sin)
-        return torch.cat(turned, dim=-1).view(x.shape).to(x.dtype)
+        halves = x.float().view(-1, self.cos.size(1), *x.shape[1:])
+        turned = halves * self.cos + halves.roll(x.size(-1) // 2, -1) * self.sin  # rolled: compiles into one kernel
+        return turned.view(x.shape).to(x.dtype)
 
 
 class Gate(nn.Module):

@@ -434,7 +434,7 @@ def test_yarn_slows_what_turns_slowly_down_and_leaves_distances_alone():
         return (rotary(q[:1].expand(256, 1, 32))[i] * rotary(k[:1].expand(256, 1, 32))[j]).sum().item()
 
     sharper = 1 + 0.2 * math.log(4)
-    angles = torch.atan2(stretched.sin, stretched.cos)[0, :, 0]  # (256, 16)
+    angles = torch.atan2(stretched.sin, stretched.cos)[0, :, 0, :16]
     assert angles[1, 0] == pytest.approx(1 / 4 + 3 / 4 * (64 / (2 * math.pi) - 1) / 31)  # 10 turns in 64 tokens
     assert angles[100, 4] == pytest.approx(100 / 4 / 1024 ** (4 / 7), rel=1e-5) and not angles[:, 8:].any()
     assert score(stretched, 60, 50) == pytest.approx(score(stretched, 130, 120), abs=1e-4)
