@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import kernels
+
 from .amo import AMO, Budget
 from .collectives import reject_unsupported
 from .finite import parameter_names
@@ -172,17 +174,8 @@ class Muon(ShardedOptimizer):
             for bank, grads in zip(banks, summed):  # only now: collectives run in the order in which they are asked for
                 own = self._own(bank, grads)
                 self.finite.push(self.steps, bank.names, list(grads[: len(own)].unbind()), grads.device, own.start)
-            awake = {}  # (parameter, its update, ratio) of all that one set of launches can take
             for bank, pending in zip(banks, gathered):
-                first, lr = bank.params[0], bank.group["lr"]
-                ratio = ADJUST_LR[bank.group["adjust_lr_fn"]](*bank.shape[1:])
-                moving = isinstance(lr, Tensor) and lr.device == first.device
-                key = id(bank.group), first.dtype, first.device, moving or ratio
-                awake.setdefault(key, (bank.group, lr if moving else float(lr), []))[-1].extend(
-                    (p, bank.seen_as(p, u), ratio) for p, u in zip(bank.params, pending.wait().to(first.dtype))
-                    if p.grad is not None)
-            for group, lr, members in awake.values():
-                self._apply(group, lr, *zip(*members))
+                self._apply(bank, pending.wait())
 
     def _reduce(self, bank: "Bank"):
         first = bank.params[0]
@@ -256,22 +249,42 @@ class Muon(ShardedOptimizer):
                     self.state[p][name] = view
         return bank.state
 
-    def _apply(self, group: dict, lr: float | Tensor, params: Sequence[Tensor], updates: Sequence[Tensor],
-               ratios: Sequence[float]) -> None:
-        """params ← (1 − lr · decay) · params − lr · ratios · updates. lr is a number, or on the parameters' device."""
-        decay = group["weight_decay"]
-        if group["cautious"] and decay:
-            agree = torch._foreach_mul(params, updates)
-            torch._foreach_sign_(agree)
-            torch._foreach_add_(agree, 1)
-            torch._foreach_clamp_max_(agree, 1)  # 1 where the product is at least 0, else 0
-            torch._foreach_mul_(agree, params)
-            _add_scaled(params, agree, lr * -decay)
-        elif decay:
-            torch._foreach_mul_(params, 1 - lr * decay)
-        if len(set(ratios)) > 1:
-            updates, ratios = torch._foreach_mul(updates, ratios), (1.0,)
-        _add_scaled(params, updates, lr * -ratios[0])
+    def _apply(self, bank: "Bank", updates: Tensor) -> None:
+        """updates: (k or more, split, n, m) for k parameters. One launch where the engine takes kernels; whatever it is,
+        plain torch for what kernels/apply.py does not take and for what is not in order (Bank.in_order)."""
+        params, group, lr = [None if p.grad is None else p for p in bank.params], bank.group, bank.group["lr"]
+        options = dict(lr=lr if isinstance(lr, Tensor) and lr.device == updates.device else float(lr),
+                       ratio=ADJUST_LR[group["adjust_lr_fn"]](*bank.shape[1:]), decay=group["weight_decay"],
+                       cautious=group["cautious"])
+        wanted = self.engine == "fused" or (
+            self.engine == "auto" and updates.is_cuda and kernels.why_not(updates.device) is None)
+        if wanted:
+            from kernels.apply import Addresses, apply_updates, fits  # needs triton
+            if fits(params, updates) and bank.in_order(params):
+                bank.addresses = bank.addresses or Addresses()
+                return apply_updates(params, updates, bank.addresses, **options)
+        updates = updates.to(bank.params[0].dtype)
+        pairs = [(p, bank.seen_as(p, u)) for p, u in zip(params, updates) if p is not None]
+        apply_updates_eager(*zip(*pairs), **options)
+
+
+def apply_updates_eager(params: Sequence[Tensor], updates: Sequence[Tensor], *, lr: float | Tensor, ratio: float = 1.0,
+                        decay: float = 0.0, cautious: bool = False) -> None:
+    """params ← (1 − lr · decay) · params − lr · ratio · updates; cautious: decay only where params · updates ≥ 0.
+
+    params in any layout, with an update of its shape and dtype for each. lr is a number, or on the parameters' device.
+    Kernel: kernels/apply.py.
+    """
+    if cautious and decay:
+        agree = torch._foreach_mul(params, updates)
+        torch._foreach_sign_(agree)
+        torch._foreach_add_(agree, 1)
+        torch._foreach_clamp_max_(agree, 1)  # 1 where the product is at least 0, else 0
+        torch._foreach_mul_(agree, params)
+        _add_scaled(params, agree, lr * -decay)
+    elif decay:
+        torch._foreach_mul_(params, 1 - lr * decay)
+    _add_scaled(params, updates, lr * -ratio)
 
 
 def _add_scaled(params: Sequence[Tensor], others: Sequence[Tensor], factor: float | Tensor) -> None:
@@ -293,12 +306,20 @@ class Bank:
         self.names: list[str] = []
         self.params: list[Tensor] = []
         self.state: dict[str, Tensor] | None = None  # this rank's share, made at the first step
+        self.addresses = None  # kernels.apply.Addresses, once there is one
 
     def seen_as(self, p: Tensor, matrix: Tensor) -> Tensor:
         """`matrix`, of the bank's shape, as p, in p's own order in memory where that goes by rows: so a filter that is
         channels last has its columns in that order, and is copied and added to by kernels that need no strides. Nothing
         but factored moments, whose checkpoints name columns, could tell."""
-        if p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) and (
-                self.group["second_moment"] != "factored"):
+        if self._channels_last(p):
             return matrix.reshape(p.size(0), *p.shape[2:], p.size(1)).permute(0, 3, 1, 2)
         return matrix.reshape(p.shape)
+
+    def in_order(self, params: Sequence[Tensor | None]) -> bool:
+        """Whether each of `params` but None lies as a contiguous matrix that is `seen_as` it does."""
+        return all(p is None or p.is_contiguous() or self._channels_last(p) for p in params)
+
+    def _channels_last(self, p: Tensor) -> bool:
+        return p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) and (
+            self.group["second_moment"] != "factored")
