@@ -36,6 +36,7 @@ from kernels import attention as fused
 from kernels import why_not
 from kernels.add_rows import add_rows, add_rows_eager
 from kernels.cross_entropy import MOST_SCALE, softcapped_cross_entropy
+from kernels.mix import mix_norm, mix_norm_eager
 from optim import OPTIMIZERS, POLARS, NonFiniteError, budgets, get_optimizer, route, route_table
 from optim.parts import part
 from optim.probe import probe
@@ -338,6 +339,11 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+def mixed(streams: list[Tensor], weights: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The weighted sum of streams (tokens, width), the last times its gate, and its norm."""
+    return (mix_norm if streams[0].is_cuda else mix_norm_eager)(streams, weights, gate)
+
+
 def starts(documents: Tensor) -> Tensor:
     """(tokens,) bool: does a document start here?"""
     return documents[0] == torch.arange(documents.size(1), device=documents.device)
@@ -476,22 +482,17 @@ class Block(nn.Module):
         if number not in s.blocks("mlp_blocks"):
             self.attention = Attention(s, rotaries[paired], value_embedding, gated, paired, shift)
         self.mlp = MLP(s.width)
-        self.embedding_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
-        self.skip_weight = nn.Parameter(torch.tensor([1.0])) if skip else None
+        bigram = s.bigram > 0 and s.bigram_into == "blocks"
+        self.mix = nn.Parameter(torch.tensor([1.0, 0.0] + [0.1] * bigram + [1.0] * skip))  # of the four streams
         self.skip_gate = Gate(s.width, 1) if skip and s.skip_gates else None
-        self.bigram_weight = nn.Parameter(torch.tensor([0.1])) if s.bigram and s.bigram_into == "blocks" else None
 
     def forward(self, x: Tensor, x0: Tensor, bigram: Tensor | None, skip: Tensor | None, value: Tensor | None,
                 documents: Tensor, window: int) -> Tensor:
-        if skip is not None:
-            weight = self.skip_weight.to(x.dtype)
-            x = x + (weight if self.skip_gate is None else weight * self.skip_gate(x0)) * skip
-        mix = self.embedding_mix.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-        if self.bigram_weight is not None:
-            x = x + self.bigram_weight.to(x.dtype) * bigram
-        if self.attention is not None:
-            x = x + self.attention(norm(x), value, documents, window)
+        streams = [stream for stream in (x, x0, bigram, skip) if stream is not None]
+        x, normed = mixed(streams, self.mix, None if self.skip_gate is None else self.skip_gate(x0))
+        if self.attention is None:
+            return x + self.mlp(normed)
+        x = x + self.attention(normed, value, documents, window)
         return x + self.mlp(norm(x))
 
 
@@ -548,19 +549,19 @@ class GPT(nn.Module):
         return self.loss(x, early, torch.stack(ahead, dim=1), weights)
 
     def embed(self, tokens: Tensor, documents: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Embeddings of tokens, of each token with the one before it (or None), and for the values."""
+        """Embeddings of tokens, of each token with the one before it (if blocks add that), and for the values."""
         x = LookUp.apply(self.head.weight if self.tied else self.tokens.weight, tokens, self)
         bigram = None
         if self.bigram is not None:
             bigram = LookUp.apply(self.bigram.weight, self.pair_rows(tokens, documents), self)
-        return self.first(x, bigram, documents), bigram, [LookUp.apply(v.weight, tokens, self) for v in self.values]
+        values = [LookUp.apply(v.weight, tokens, self) for v in self.values]
+        return self.first(x, bigram, documents), None if self.bigram_at_input else bigram, values
 
     def rows_of(self, table: Tensor, rows: Tensor) -> Tensor:
         return F.embedding(rows, table).to(self.dtype)
 
     def add_to_rows(self, table: Tensor, rows: Tensor, x: Tensor) -> None:
-        add = add_rows if table.is_cuda and why_not(table.device) is None else add_rows_eager
-        add(table, rows, x.contiguous())
+        (add_rows if table.is_cuda else add_rows_eager)(table, rows, x.contiguous())
 
     def pair_rows(self, tokens: Tensor, documents: Tensor) -> Tensor:
         """Rows in the bigram embedding (modded-nanogpt). 32 bits of a hash of both tokens (Knuth's multiplication by

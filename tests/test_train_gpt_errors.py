@@ -213,7 +213,7 @@ def test_out_of_gpu_memory_names_the_option_that_takes_less(fails, data, tmp_pat
     assert len(failed(tmp_path, message)["validation"]) > 1  # what was measured before is kept
 
 
-@pytest.mark.parametrize("name", ["blocks.1.mlp.up.weight", "values.0.weight", "head.weight", "blocks.0.embedding_mix"])
+@pytest.mark.parametrize("name", ["blocks.1.mlp.up.weight", "values.0.weight", "head.weight", "blocks.0.mix"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_names_the_parameter_and_the_step(fails, data, tmp_path, monkeypatch, name, bad):
     set_schedule = train_gpt.set_schedule
