@@ -72,15 +72,21 @@ def as_markdown(root, track, tracked=False, base=None):
         if target is not None:
             seconds = [run.seconds_to(target) for run in runs]
             reached = [value for value in seconds if value is not None]
-            cells.append("–" if not reached else mean_sd(reached, ".1f", " s") if len(reached) == len(seconds) else
+            cells.append("–" if not reached else _time(reached, " s") if len(reached) == len(seconds) else
                          f"{len(reached)} of {len(seconds)} runs")
         steps = sorted({run.steps for run in everything})
-        cells += [mean_sd([run.train_time_s for run in runs], ".1f", " s") or "–",
-                  mean_sd([run.step_ms for run in everything], ".1f", " ms") or "–",
+        cells += [_time([run.train_time_s for run in runs], " s") or "–",
+                  _time([run.step_ms for run in everything], " ms") or "–",
                   f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}",
                   ", ".join(sorted({_machine(run) for run in everything})), _links(row, base)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _time(values, unit):
+    """mean_sd of times: to a tenth, below ten to a thousandth."""
+    known = [value for value in values if value is not None]
+    return mean_sd(values, ".3f" if known and sum(known) < 10 * len(known) else ".1f", unit)
 
 
 def filled(text, root, base):
