@@ -317,8 +317,9 @@ def test_more_logits_than_an_int32_can_count(precision, monkeypatch):
 @pytest.mark.gpu
 def test_validation_keeps_no_logits():
     x, weight, targets, weights = real_size(32768, choices=1)
-    before = torch.cuda.memory_allocated()
     with torch.no_grad():
+        softcapped_cross_entropy(x[:64], weight, targets[:64], cap=CAP)  # cuBLAS keeps a workspace from now on
+        before = torch.cuda.memory_allocated()
         softcapped_cross_entropy(x, weight, targets, cap=CAP)
     assert torch.cuda.memory_allocated() - before < 2**20
 
@@ -362,5 +363,6 @@ def test_the_kernels_compile_for_hopper():
     assert all(found[name]["stores"] > 0 for name in ("slopes", "both", "cast"))  # 16 bytes a thread
     assert found["exact"]["tanh"] == 0
     assert found["cast"]["fours"] and found["both"]["fours"]  # not triton's own cast: see kernels/fp8.py
-    each = module._TILE_ROWS * (module._TILE_COLUMNS + 4) // (32 * module._TILE_WARPS)  # of a thread; of 4 targets, too
+    threads = 32 * module._TILE_WARPS
+    each = module._TILE_ROWS * module._TILE_COLUMNS // threads + -(-module._TILE_ROWS * 4 // threads)  # and of 4 targets
     assert found["both"]["tanh"] == found["both"]["exp"] == each  # not once more for the transposed store
