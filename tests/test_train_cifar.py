@@ -362,6 +362,9 @@ def test_rates_fall_to_nothing_and_the_whitening_bias_stops_before(data):
     filters, whitening, norms, head = made.rates_at(6)
     assert whitening == pytest.approx(s.bias_lr / 2) and norms == pytest.approx(s.bias_lr * 15 / 21)
     assert filters == pytest.approx(s.lr * 15 / 21) and head == pytest.approx(s.head_lr * 15 / 21)
+    s.warmup = 3
+    assert [made.rates_at(step)[3] / s.head_lr for step in (0, 1, 2, 3, 4)] == pytest.approx(
+        [1 / 4, 2 / 4 * 20 / 21, 3 / 4 * 19 / 21, 18 / 21, 17 / 21])
 
 
 def test_the_whitening_bias_is_frozen_after_its_epochs(data):
