@@ -489,8 +489,10 @@ class Block(nn.Module):
                 documents: Tensor, window: int) -> Tensor:
         if self.skip_gate is not None:
             skip = self.skip_gate(x0) * skip
-        streams = [stream for stream in (x, x0, bigram, skip) if stream is not None]
-        x = sum(weight * stream for weight, stream in zip(self.mix.to(x.dtype), streams))
+        mix, others = self.mix.to(x.dtype), [stream for stream in (x0, bigram, skip) if stream is not None]
+        x = mix[0] * x
+        for i, stream in enumerate(others, 1):
+            x = x + mix[i] * stream
         if self.attention is not None:
             x = x + self.attention(norm(x), value, documents, window)
         return x + self.mlp(norm(x))
