@@ -520,9 +520,10 @@ def test_a_patch_that_does_not_apply_leaves_nothing(changed, tmp_path, capsys):
 # Ended from outside
 
 DRIVER = """
-import sys
+import signal, sys
 from pathlib import Path
 from records import ab, __main__
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests in the background has it ignored
 ab.REPOSITORY, ab.gpu_count = Path(sys.argv[1]), lambda: 0
 sys.exit(__main__.main(sys.argv[2:]))
 """
