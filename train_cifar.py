@@ -242,7 +242,7 @@ class Net(nn.Module):
         for group in self.groups:
             x = group(x)
         largest = x.permute(0, 2, 3, 1).flatten(1, 2).max(1).values  # as a 3×3 pool, whose backward is slow
-        return self.head(largest) / self.width
+        return self.head(largest / self.width)  # divided first, because float16 ends at 65,504
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
