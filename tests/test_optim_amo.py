@@ -1,16 +1,14 @@
 """AMO: the allocation against brute force, residuals against matrices, costs by hand, and a commitment in Muon."""
 
 import itertools
-import os
 import random
-import socket
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from matrices import make
+from ranks import run_ranks
 from torch import nn
 
 from kernels import newton_schulz
@@ -372,17 +370,7 @@ def test_mistakes_are_named(mistake, says):
 # --- many ranks ------------------------------------------------------------------------------------------------------
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def train_ranks(rank, size, port, folder):
-    torch.set_num_threads(1)
-    if size > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+def train_ranks(rank, size, folder):
     model, said = model_of(), []
     optimizer = make_muon(model, say=said.append)
     for step in range(7):
@@ -390,15 +378,12 @@ def train_ranks(rank, size, port, folder):
         optimizer.step()
     torch.save({"model": model.state_dict(), "commitment": optimizer.budget.commitment, "said": said,
                 "samples": sum(map(len, optimizer.budget.samples.values()))}, f"{folder}/{size}_{rank}.pt")
-    if size > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("size", [2])
 def test_all_ranks_commit_to_what_one_rank_would(size, tmp_path):
-    train_ranks(0, 1, 0, tmp_path)
-    mp.spawn(train_ranks, (size, free_port(), tmp_path), size)
+    for count in (1, size):
+        run_ranks(train_ranks, count, tmp_path)
     alone, *every = [torch.load(tmp_path / f"{count}_{rank}.pt") for count in (1, size) for rank in range(count)]
     assert sum(one["samples"] for one in every) == alone["samples"] == 9
     assert sum(one["samples"] > 0 for one in every) > 1, "ranks sample what they hold"

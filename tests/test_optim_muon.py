@@ -1,12 +1,10 @@
 """Muon, Adam and their chain: equality with torch's own, many ranks, state, and what they refuse."""
 
 import copy
-import os
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from ranks import run_ranks
 from torch import nn
 
 from optim import (Adam, ChainedOptimizer, Muon, NonFiniteError, OPTIMIZERS, Polar, get_optimizer, polynomials, route,
@@ -316,12 +314,6 @@ def test_a_sharded_dtensor_is_refused_rather_than_orthogonalised_as_if_whole():
 # --- many ranks ------------------------------------------------------------------------------------------------------
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def uneven_model():
     """Five matrices of one shape, three of another, a table that is sharded, one whose size no rank count divides."""
     torch.manual_seed(0)
@@ -333,12 +325,8 @@ def uneven_model():
 RECIPES = ("turbo-muon", "muon", "adamw")
 
 
-def train_ranks(rank, size, port, folder):
+def train_ranks(rank, size, folder):
     """Six steps of every recipe on this rank's share of the gradients; saves the weights."""
-    torch.set_num_threads(1)
-    if size > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
     for name in RECIPES:
         model = uneven_model()
         optimizer = get_optimizer(name, route(model), lr=0.02, weight_decay=0.01)
@@ -359,18 +347,14 @@ def train_ranks(rank, size, port, folder):
         optimizer.step()
         with pytest.raises(NonFiniteError, match="square1.weight"):  # every rank hears of it
             optimizer.check_finite()
-    if size > 1:
-        torch.distributed.barrier()  # as train_gpt.py: reductions that nobody waited for after the error must have ended
-        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(recipe, ranks) -> one state dict a rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    train_ranks(0, 1, 0, folder)
-    for size in (2, 4):
-        mp.spawn(train_ranks, (size, free_port(), folder), size)
+    for size in (1, 2, 4):
+        run_ranks(train_ranks, size, folder)
     return lambda name, size: [torch.load(folder / f"{name}_{size}_{rank}.pt") for rank in range(size)]
 
 

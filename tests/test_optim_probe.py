@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
-import socket
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from matrices import polar_factor, relative_error
+from ranks import run_ranks
 from torch import nn
 
 from optim import AMO, Muon, OPTIMIZERS, Polar, get_optimizer, polynomials, route
@@ -140,25 +138,15 @@ def test_conditions_beyond_what_can_be_told_are_cut():
     assert numbers == {"condition": 1 / RANK, "middle": RANK, "stable_rank": 1.0, "norm": pytest.approx(2 / 3**0.5)}
 
 
-def on_rank(rank, size, port, folder):
-    torch.set_num_threads(1)
-    if size > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+def on_rank(rank, size, folder):
     model = model_of()
     optimizer = train(get_optimizer("turbo-muon", route(model), lr=0.02), model)
     torch.save(probe(optimizer, model, matrices=4), f"{folder}/{size}_{rank}.pt")
-    if size > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_find_what_one_does(tmp_path):
-    on_rank(0, 1, 0, tmp_path)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(on_rank, (2, port, tmp_path), 2)
+    for size in (1, 2):
+        run_ranks(on_rank, size, tmp_path)
     alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
     assert first == second and first.keys() == alone.keys()
     for kind in alone:

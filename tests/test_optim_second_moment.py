@@ -1,11 +1,9 @@
 """Muon², Muon²-F, NorMuon and cautious decay: against float64 in the papers' words, states, ranks, memory."""
 
-import os
-
 import pytest
 import torch
-import torch.multiprocessing as mp
-from test_optim_muon import fill_gradients, free_port, gradients, small_model, uneven_model
+from ranks import run_ranks
+from test_optim_muon import fill_gradients, gradients, small_model, uneven_model
 from torch import nn
 
 from optim import Muon, Polar, get_optimizer, route, state_bytes, state_table
@@ -296,12 +294,8 @@ def test_memory_of_a_matrix_n_by_m():
 RANKED = {"muon2": {}, "turbo-muon2-f": dict(cautious=True, row_normalize=True), "normuon": {}}
 
 
-def train_ranks(rank, size, port, folder):
+def train_ranks(rank, size, folder):
     """Six steps of every recipe on this rank's share of the gradients, resumed in the middle; saves the weights."""
-    torch.set_num_threads(1)
-    if size > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
     for name, options in RANKED.items():
         model = uneven_model()
         optimizer = get_optimizer(name, route(model), lr=0.02, weight_decay=0.1, **options)
@@ -319,18 +313,14 @@ def train_ranks(rank, size, port, folder):
         optimizer.check_finite()
         held = sum(entry[3] for entry in state_bytes(optimizer) if entry[0] == "matrix")
         torch.save((model.state_dict(), held), f"{folder}/{name}_{size}_{rank}.pt")
-    if size > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(recipe, ranks) -> (state dict, bytes of the matrices' state) of every rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    train_ranks(0, 1, 0, folder)
-    for size in (2,):
-        mp.spawn(train_ranks, (size, free_port(), folder), size)
+    for size in (1, 2):
+        run_ranks(train_ranks, size, folder)
     return lambda name, size: [torch.load(folder / f"{name}_{size}_{rank}.pt") for rank in range(size)]
 
 
