@@ -1,6 +1,6 @@
 """train_gpt.py as processes: several of them compute what one does, and none outlives or loses what was measured."""
 
-import json
+import contextlib
 import os
 import re
 import signal
@@ -8,14 +8,17 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from ranks import run_ranks
 from test_train_gpt import ROOT, arguments, data, losses, only_record, read, train  # noqa: F401
 from test_train_gpt_runs import read_series
 
-from records.log import parse_log
+import optim
+import train_gpt
+from records.log import Record, parse_log
 
 LONG = dict(steps=1500, batch_tokens=128, device_batch_tokens=128, val_tokens=256, val_every=5)  # half a minute
 ENVIRONMENT = {key: value for key, value in os.environ.items()
@@ -27,7 +30,7 @@ def torchrun(count: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
 
 
-@contextmanager
+@contextlib.contextmanager
 def started(command, seconds=60):
     """The process, its output as text in pipes; ended on leaving and after so many seconds, so that no test hangs."""
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -50,24 +53,20 @@ RUNS["parts"] = dict(steps=8, batch_schedule="1,2", tied=0.5, adam_every=2, pred
                      smear=True, attention_gates="all", value_gates=True, skip_gates=True, backout=True, cautious=True,
                      row_normalize=True, weight_decay=0.1)
 
-# All of them in one start of torchrun, in one process group: a second one of the same name may find the first one's
-# addresses. Tables of 12288 elements are cut over ranks too, as the large ones of a real run are.
-SEVERAL_RUNS = """
-import json, sys
-sys.path.insert(0, {root!r})
-import torch.distributed as dist
-import optim.adam, train_gpt
-from records.log import Record
-optim.adam.SMALLEST_SHARDED = 4096
-Record._draw = lambda record: None
-dist.init_process_group("gloo")
-end = dist.destroy_process_group
-dist.init_process_group, dist.destroy_process_group = lambda *args, **options: None, lambda: None
-for command_line in json.loads({command_lines!r}):
-    train_gpt.main(command_line)
-dist.barrier()
-end()
-"""
+
+def several_runs(rank, size, command_lines, folder):
+    """All of them in one process group; what this rank prints goes into a file of `folder`.
+
+    Tables of 12288 elements are cut over ranks too, as the large ones of a real run are.
+    """
+    with pytest.MonkeyPatch.context() as patch, open(folder / f"stdout_{rank}", "w") as stdout, \
+            contextlib.redirect_stdout(stdout):
+        patch.setattr(optim.adam, "SMALLEST_SHARDED", 4096)
+        patch.setattr(Record, "_draw", lambda record: None)
+        for name in ("init_process_group", "destroy_process_group"):  # run_ranks does
+            patch.setattr(dist, name, lambda *args, **options: None)
+        for command_line in command_lines:
+            train_gpt.main(command_line)
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +80,8 @@ def alone(data, tmp_path_factory):
 def test_several_processes_have_the_losses_of_one(alone, data, tmp_path, count, names):
     command_lines = [arguments(data, tmp_path / name, **RUNS[name]) for name in names]
     command_lines.append(arguments(data, tmp_path / "series", runs=2, **RUNS["parts"]))
-    script = tmp_path / "several_runs.py"
-    script.write_text(SEVERAL_RUNS.format(root=str(ROOT), command_lines=json.dumps(command_lines)))
-    with started([*torchrun(count), script], seconds=150) as process:
-        stdout, stderr = process.communicate()
-        assert process.returncode == 0, stderr
+    run_ranks(several_runs, count, command_lines, tmp_path)
+    stdout = "".join(file.read_text() for file in tmp_path.glob("stdout_*"))
     for name in names:
         record = read(only_record(tmp_path / name))  # one, although there were several processes
         assert record["status"] == "complete" and len(losses(record)) == (5 if name == "parts" else 11)
@@ -100,11 +96,11 @@ def test_several_processes_have_the_losses_of_one(alone, data, tmp_path, count, 
 
 
 def test_processes_that_do_not_divide_the_batch_end_with_one_message(data, tmp_path):
-    command = [*torchrun(3), "train_gpt.py", *arguments(data, tmp_path / "records")]
+    command = [*torchrun(2), "train_gpt.py", *arguments(data, tmp_path / "records", batch_tokens=1152)]
     ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert ended.returncode != 0
     [ours] = [line for line in ended.stderr.splitlines() if line.startswith("train_gpt.py: ")]
-    assert "--batch-tokens 1024 must be a multiple of 384: 3 processes" in ours and "--nproc_per_node" in ours
+    assert "--batch-tokens 1152 must be a multiple of 256: 2 processes" in ours and "--nproc_per_node" in ours
     assert 'train_gpt.py", line' not in ended.stderr  # torchrun shows a traceback of its own, we none
     assert not (tmp_path / "records").exists()
 
