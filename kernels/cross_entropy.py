@@ -217,10 +217,13 @@ def softcapped_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, weights
     return _operator(x, weight, targets, weights, list(map(float, cap)), precision, gradients)[0]
 
 
-@torch.compiler.assume_constant_result
 def _obstacle(device: torch.device) -> str | None:
     """why_not, which torch.compile asks once."""
     return why_not(device)
+
+
+# What torch.compiler.assume_constant_result does, which imports torch._dynamo first: seconds for who compiles nothing.
+_obstacle._dynamo_marked_constant = True
 
 
 # An operator of its own, gradients included: torch.compile neither looks into it nor breaks its graph there.
