@@ -16,7 +16,7 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 pytestmark = [pytest.mark.gpu] if GPU else []
 FOUR = Polar(polynomials.TURBO, normalize="aol", form="gram", dtype=torch.float16, engine="eager")
-N, M = (300, 700) if GPU else (40, 56)
+N, M = (300, 700) if GPU else (24, 40)
 
 
 def on_device(x):
@@ -29,9 +29,13 @@ def orthogonalise(xs, coefficients, **options):
     return newton_schulz.orthogonalise(xs, coefficients, **options)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
-@pytest.mark.parametrize("tall", [False, True])
-@pytest.mark.parametrize("shape", [(2, 50, 70), (1, 40, 600), (1, 3, 9000), (1, 1, 5), (1, 20, 20)])
+SHAPES = [(2, 50, 70), (1, 40, 600), (1, 3, 9000), (1, 1, 5), (1, 20, 20)]
+CASES = [(shape, tall, scale) for shape in SHAPES for tall in (False, True) for scale in (1.0, 1e30, 1e-30)]
+if not GPU:  # whose interpreter takes 5 s for 9000 rows of a tall one: 16 parts are met with 4200, and two with 600
+    CASES = [case for case in CASES if case[:2] != ((1, 3, 9000), True)] + [((1, 3, 4200), True, 1e-30)]
+
+
+@pytest.mark.parametrize("shape, tall, scale", CASES)
 def test_unit_rows(shape, tall, scale):
     batch, n, m = shape
     x = torch.randn(batch, m, n, generator=torch.Generator().manual_seed(0)).mT if tall else torch.randn(shape)
@@ -87,7 +91,7 @@ def test_a_list_of_shapes_is_one_plan_for_each_short_side_and_form(monkeypatch):
     monkeypatch.setattr(newton_schulz, "Plan", lambda *args: plans.append(args) or plan(*args))
     newton_schulz._plan.cache_clear()
     g = torch.Generator().manual_seed(0)
-    shapes = [(20, 48), (2, 33, 20), (2, 2, 20, 20), (24, 30)]
+    shapes = [(20, 48), (2, 33, 20), (2, 1, 20, 20), (24, 30)]
     xs = [on_device(torch.randn(*shape, generator=g)) for shape in shapes]
     copies = [x.clone() for x in xs]
     for call in range(3 if GPU else 2):  # on a GPU: launched, captured, replayed
@@ -155,14 +159,13 @@ def test_zero_and_rank_one_and_empty():
     assert (results[1].double() - torch.outer(results[1].double() @ right, right)).norm() < 1e-2
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("bound", [False, True])
-def test_non_finite_in_is_nan_out_for_that_matrix_alone(value, bound):
-    x = on_device(torch.stack([make("gaussian", 24, 40, seed) for seed in (0, 1)]))
+@pytest.mark.parametrize("bound, values", [(True, ("nan", "inf")), (False, ("-inf", "nan"))])
+def test_non_finite_in_is_nan_out_for_that_matrix_alone(bound, values):
+    x = on_device(torch.stack([make("gaussian", 24, 40, seed) for seed in range(3)]))
     clean = orthogonalise([x], FOUR.coefficients, bound=bound)[0]
-    x[0, 3, 5] = value
+    x[0, 3, 5], x[2, 20, 38] = map(float, values)
     result = orthogonalise([x], FOUR.coefficients, bound=bound)[0]
-    assert result[0].isnan().all() and torch.equal(result[1], clean[1])
+    assert result[[0, 2]].isnan().all() and torch.equal(result[1], clean[1])
 
 
 def test_clear_errors():

@@ -639,7 +639,7 @@ def test_what_ignores_sigterm_is_killed_with_its_children(tmp_path):
 def test_train_gpt_is_killed_in_the_middle_and_resumed(data, tmp_path):  # noqa: F811
     tiny = TINY | dict(layers=1, heads=1, value_embeddings=0, steps=120, val_every=10, data=data)
     common = [word for key, value in tiny.items() for word in ("--" + key.replace("_", "-"), str(value))]
-    words = ["--records", str(tmp_path / "records"), "--runs", "2", "--a", "train_gpt.py --optimizer muon",
+    words = ["--records", str(tmp_path / "records"), "--runs", "1", "--a", "train_gpt.py --optimizer muon",
              "--b", "train_gpt.py --optimizer turbo-muon", "--", *common]
     slow = {"OMP_NUM_THREADS": "1"}
     with started([sys.executable, "-m", "records", "ab", *words], **slow) as process:
@@ -654,7 +654,7 @@ def test_train_gpt_is_killed_in_the_middle_and_resumed(data, tmp_path):  # noqa:
     ledger = Ledger.read(ledger.folder)
     assert_each_once(ledger)
     assert {path: path.read_bytes() for path in (ledger.folder / "runs" / "muon-0").iterdir()} == before
-    assert [run["status"] for run in ledger.runs][:2] == ["complete", "interrupted"] and len(ledger.runs) == 5
+    assert [run["status"] for run in ledger.runs][:2] == ["complete", "interrupted"] and len(ledger.runs) == 3
     assert "turbo-muon against muon" in output and (ledger.folder / "loss.svg").is_file()
     assert verify(ledger.folder) == []
 
