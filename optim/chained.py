@@ -1,9 +1,19 @@
 """Several optimizers behind the interface of one."""
 
+import inspect
+
 from torch.optim import Optimizer
 
 
-class ChainedOptimizer(Optimizer):
+class EagerOptimizer(Optimizer):
+    """Optimizer without the wrappers that keep torch.compile out of these four: their first call imports torch._dynamo,
+    which takes seconds, for a process that compiles nothing too."""
+
+    add_param_group, zero_grad = inspect.unwrap(Optimizer.add_param_group), inspect.unwrap(Optimizer.zero_grad)
+    state_dict, load_state_dict = inspect.unwrap(Optimizer.state_dict), inspect.unwrap(Optimizer.load_state_dict)
+
+
+class ChainedOptimizer(EagerOptimizer):
     """Steps each of `optimizers` in turn. `param_groups` is the list of all their groups (the same dicts), so
     learning-rate schedulers and hand-written schedules work; state_dict() holds one entry per optimizer, in order."""
 

@@ -1,15 +1,15 @@
 """What the optimizers of this package share: ranks, the watch on gradients, and the frame of a step."""
 
 import torch
-from torch.optim import Optimizer
 
 from kernels.graph import capturing
 
+from .chained import EagerOptimizer
 from .collectives import Ranks
 from .finite import FiniteCheck
 
 
-class ShardedOptimizer(Optimizer):
+class ShardedOptimizer(EagerOptimizer):
     """A torch optimizer whose subclass writes `_update`, one step over all its groups, and reads `ranks`, `steps`.
 
     every: steps from one update to the next; between them gradients add up, and zero_grad() leaves them.
