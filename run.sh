@@ -58,7 +58,7 @@ case "${1:-}" in
         ;;
     test)
         shift
-        exec env OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile "$@" # a core for each of two processes
+        exec env OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal "$@" # a core for each of two processes
         ;;
     ab)
         exec python -m records "$@"
