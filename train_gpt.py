@@ -78,34 +78,24 @@ class Settings:
     heads: int = option(6, "attention heads", least=1)
     width: int = option(768, "residual stream; 4 × width in the MLPs", least=1)
     value_embeddings: int = option(3, "embeddings added to the values of the first and last so many blocks", least=0)
-    bigram: int = option(0, "rows of the embedding of a token with the one before it, hashed; 0: none", least=0,
-                         most=2**31)
-    bigram_into: str = option("blocks", "add it in every block with a weight of its own, or once to the embedding",
-                              choices=("blocks", "input"))
-    paired_blocks: str | None = option(None, "blocks, such as 0,2,5, in which a head attends to its partner's keys, "
-                                       "too, half as far back")
-    mlp_blocks: str | None = option(None, "blocks, such as 6, without attention")
-    key_shift: bool = option(False, "in blocks of the whole window, half of a key is that of the token before")
-    smear: bool = option(False, "a gate lets each token's embedding have some of the one before")
-    attention_gates: str = option("none", "a gate for each head's output: in no block, in those of the whole window, "
+    bigram: int = option(251520, "rows of the embedding of a token with the one before it, hashed; 0: none",
+                         least=0, most=2**31)
+    key_shift: bool = option(True, "in blocks of the whole window, half of a key is that of the token before")
+    smear: bool = option(True, "a gate lets each token's embedding have some of the one before")
+    attention_gates: str = option("wide", "a gate for each head's output: in no block, in those of the whole window, "
                                   "in all", choices=("none", "wide", "all"))
-    value_gates: bool = option(False, "a gate for each head's value embedding")
-    skip_gates: bool = option(False, "a gate for each skip")
-    backout: bool = option(False, "take some of the stream at two thirds of the blocks away before the head")
-    logit_cap: str = option("30,0,7.5", "A, B, C: logits become A · sigmoid((logit + B) / C), at most A apart")
-    head_precision: str = option("bfloat16", "of the head's products: bfloat16 is --dtype; fp8 needs a GPU",
+    value_gates: bool = option(True, "a gate for each head's value embedding")
+    logit_cap: str = option("23,5,7.5", "A, B, C: logits become A · sigmoid((logit + B) / C), at most A apart")
+    head_precision: str = option("fp8", "of the head's products: bfloat16 is --dtype; fp8 needs a GPU",
                                  choices=("bfloat16", "fp8"))
-    window: int = option(1792, "tokens that attention looks back over in the end, in every fourth and the last block",
+    window: int = option(1664, "tokens that attention looks back over in the end, in every fourth and the last block",
                          least=2)
-    short_window: int | None = option(None, "the same in the other blocks; none: half of --window", least=1)
-    window_start: int | None = option(None, "--window of the first steps; none: an eighth of it", least=2)
-    yarn: bool = option(False, "stretch slow rotations and sharpen attention as the window grows")
-    tied: float = option(0.0, "fraction of the run in which the head's weight embeds the tokens, too; their embedding "
-                         "then starts as a copy, at --head-lr", least=0, most=1)
+    short_window: int | None = option(768, "the same in the other blocks; none: half of --window", least=1)
+    window_start: int | None = option(384, "--window of the first steps; none: an eighth of it", least=2)
     # training
-    steps: int = option(1600, "optimizer steps", least=1)
-    batch_tokens: int = option(524288, "tokens in a step, over all GPUs", least=1)
-    batch_schedule: str = option("1", "sizes of the batch in equal parts of the run, such as 1,2,3; the last is "
+    steps: int = option(1300, "optimizer steps", least=1)
+    batch_tokens: int = option(393216, "tokens in a step, over all GPUs", least=1)
+    batch_schedule: str = option("1,2,3", "sizes of the batch in equal parts of the run, such as 1,2,3; the last is "
                                 "batch_tokens")
     batch_lr_power: float = option(0.5, "learning rates fall with smaller batches, to this power of the size", least=0)
     device_batch_tokens: int = option(65536, "tokens at once on a GPU; lower it if memory runs out", least=1)
@@ -113,22 +103,21 @@ class Settings:
     polar: str | None = option(None, "how it orthogonalises; none: in the optimizer's own way", choices=tuple(POLARS))
     engine: str = option("auto", "orthogonalise with the fused kernels (auto: where they run) or in plain torch",
                          choices=("auto", "fused", "eager"))
-    lr: float = option(0.05, "of the matrices", least=0)
-    weight_decay: float = option(0.0, "of the matrices, decoupled: times lr in each step, and scheduled like it",
+    lr: float = option(0.04, "of the matrices", least=0)
+    weight_decay: float = option(0.048, "of the matrices, decoupled: times lr in each step, and scheduled like it",
                                  least=0)
     cautious: bool = option(False, "weight decay only where it does what the update does")
-    row_normalize: bool = option(False, "NorMuon: rows of the matrices' updates have one size over time")
+    row_normalize: bool = option(True, "NorMuon: rows of the matrices' updates have one size over time")
     momentum: float = option(0.95, "of the matrices, after --momentum-warmup steps from 0.85", least=0, most=0.9999)
     momentum_warmup: int = option(300, "steps", least=0)
-    prediction_weights: str = option("1", "of the losses of the next, second, … token at first; all but the first fall "
-                                     "to 0, the last one first, in equal parts of the run")
+    prediction_weights: str = option("1,0.5,0.25", "of the losses of the next, second, … token at first; all but the "
+                                     "first fall to 0, the last one first, in equal parts of the run")
     embedding_lr: float = option(0.3, "Adam, for token and value embeddings", least=0)
-    head_lr: float = option(0.008, "Adam, for the output head", least=0)
+    head_lr: float = option(0.014, "Adam, for the output head", least=0)
     scalar_lr: float = option(0.015, "Adam, for the mixing weights of blocks", least=0)
     adam_beta1: float = option(0.8, "Adam's decay of mean gradients; 0.95 for their squares", least=0, most=0.9999)
-    adam_every: int = option(1, "steps from one update by Adam to the next, gradients adding up", least=1)
-    cooldown: float = option(0.5, "learning rates fall linearly over this last fraction of training", least=0, most=1)
-    final_lr: float = option(0.05, "fraction of the learning rates that the cooldown ends at", least=0, most=1)
+    cooldown: float = option(0.6, "learning rates fall linearly over this last fraction of training", least=0, most=1)
+    final_lr: float = option(0.15, "fraction of the learning rates that the cooldown ends at", least=0, most=1)
     # what else to keep
     profile: bool = option(False, "after the last step of the last run, time the parts and kernels of further ones, of "
                            "each stage: table, FLOPs and profile.png in the record")
@@ -148,14 +137,9 @@ class Settings:
                                 f"not {self.layers}")
         if min(self.numbers("batch_schedule")) <= 0:
             raise SettingsError(f"--batch-schedule {self.batch_schedule}: sizes of a batch must be more than 0")
-        if self.blocks("paired_blocks") and self.heads % 2:
-            raise SettingsError(f"--paired-blocks {self.paired_blocks} needs an even number of --heads, not "
-                                f"{self.heads}")
-        if self.blocks("mlp_blocks") & self.blocks("paired_blocks"):
-            raise SettingsError(f"--mlp-blocks {self.mlp_blocks}: some are among --paired-blocks {self.paired_blocks}")
-        if self.optimizer == "adamw" and (self.polar or self.cautious or self.row_normalize or self.adam_every > 1):
-            raise SettingsError("--polar, --cautious, --row-normalize and --adam-every need an --optimizer that leaves "
-                                "the matrices to Muon, not adamw")
+        if self.optimizer == "adamw" and (self.polar or self.cautious or self.row_normalize):
+            raise SettingsError("--polar, --cautious and --row-normalize need an --optimizer that leaves the matrices "
+                                "to Muon, not adamw")
         cap, weights = self.numbers("logit_cap"), self.numbers("prediction_weights")
         if len(cap) != 3 or not 0 < cap[0] <= MOST_SCALE or not cap[2] > 0:
             raise SettingsError(f"--logit-cap {self.logit_cap} must be three numbers A,B,C with 0 < A <= "
@@ -177,15 +161,7 @@ class Settings:
             if all(map(math.isfinite, numbers)):
                 return numbers
         raise SettingsError(f"--{setting.replace('_', '-')} {text!r} expects numbers with commas between, such as "
-                            f"{getattr(type(self), setting) or '0,2'}")
-
-    def blocks(self, setting: str) -> set[int]:
-        """The numbers of blocks in a setting."""
-        blocks = set(self.numbers(setting)) if getattr(self, setting) else set()
-        if not blocks <= set(range(self.layers)):
-            raise SettingsError(f"--{setting.replace('_', '-')} {getattr(self, setting)} must be numbers of blocks, "
-                                f"from 0 to {self.layers - 1} (--layers {self.layers})")
-        return blocks
+                            f"{getattr(type(self), setting)}")
 
     def batch_sizes(self) -> list[int]:
         """Tokens in a step, for each of the equal parts of the steps."""
@@ -210,16 +186,15 @@ class Settings:
 PRESETS = {
     "record": {},  # 8 GPUs, FineWeb to 3.28: not yet measured
     "wiki": dict(track="wiki-3.324", target=3.324, data="data/wiki", source="none", val_tokens=2097152, val_every=265,
-                 layers=12, width=512, heads=4, paired_blocks="0,2,5,9", bigram=251520, smear=True, value_gates=True,
-                 skip_gates=True, attention_gates="wide", key_shift=True, backout=True, logit_cap="23,5,7.5", tied=0.667,
-                 window=1024, short_window=384, window_start=256, yarn=True, prediction_weights="1,0.5,0.25",
-                 steps=1060, batch_tokens=131072, batch_schedule="1,2", lr=0.035, weight_decay=0.048, cautious=True,
-                 row_normalize=True, momentum_warmup=150, head_lr=0.014, adam_every=2, cooldown=0.6, final_lr=0.15,
-                 head_precision="fp8"),  # as a whole not yet measured: records/studies/gpt-search
+                 width=512, heads=4, window=1024, short_window=384, window_start=256, steps=1060, batch_tokens=131072,
+                 batch_schedule="1,2", lr=0.035, momentum_warmup=150),
     "local": dict(track="text-local", target=None, data="data/local", source="local", vocab_size=257, dtype="float32",
                   compile=False, sequence_length=1024, max_document=1024, val_tokens=65536, val_every=75, layers=4,
-                  heads=4, width=128, value_embeddings=2, window=128, steps=450, batch_tokens=2048,
-                  device_batch_tokens=4096, momentum_warmup=50, lr=0.03, head_lr=0.004),
+                  heads=4, width=128, value_embeddings=2, bigram=0, key_shift=False, smear=False,
+                  attention_gates="none", value_gates=False, logit_cap="30,0,7.5", head_precision="bfloat16",
+                  window=128, short_window=None, window_start=None, prediction_weights="1", steps=450, batch_tokens=2048,
+                  batch_schedule="1", device_batch_tokens=4096, momentum_warmup=50, lr=0.03, weight_decay=0.0,
+                  row_normalize=False, head_lr=0.004, cooldown=0.5, final_lr=0.05),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,12 +238,6 @@ def windows_at(step: int, s: Settings) -> tuple[int, int]:
     return window // 2 if s.short_window is None else max(1, window * s.short_window // s.window), window
 
 
-def tied_at(step: int, s: Settings) -> bool:
-    """Is the token embedding still the head's weight? Its rare gradients gain from the head's dense ones at first, and
-    later both gain from going their own ways (modded-nanogpt)."""
-    return step < round(s.tied * s.steps)
-
-
 def prediction_weights_at(step: int, s: Settings) -> list[float]:
     """Weights of the losses of the next, second, … token: the last weight falls to 0 in the first of as many equal
     parts of the run as there are weights, the one before it in the second, and so on (modded-nanogpt)."""
@@ -284,7 +253,7 @@ def stages(s: Settings) -> list[tuple[list[int], str]]:
     def work(step: int) -> str:
         targets = sum(weight > 0 for weight in prediction_weights_at(step, s))
         return (f"{batch_at(step, s)} tokens, windows {' and '.join(map(str, windows_at(step, s)))}, {targets} target"
-                + "s" * (targets > 1) + ", tied" * tied_at(step, s))
+                + "s" * (targets > 1))
 
     return [(list(steps), same) for same, steps in itertools.groupby(range(s.steps), work)]
 
@@ -297,9 +266,8 @@ SCALE = 0.12  # of scores, products of q and k of root mean square 1
 
 
 def most_score(s: Settings) -> float:
-    """What no score exceeds: q and k of size √head_dim, which YaRN sharpens, and a shifted key of two halves."""
-    sharpness = 1 + 0.2 * math.log(s.window / first_window(s)) if s.yarn else 1.0
-    return 1.02 * SCALE * s.width / s.heads * sharpness * (2**0.5 if s.key_shift else 1)  # 1.02: rounding to bfloat16
+    """What no score exceeds: q and k have the size √head_dim, and a shifted key is of two halves of such."""
+    return 1.02 * SCALE * s.width / s.heads * (2**0.5 if s.key_shift else 1)  # 1.02: rounding to bfloat16
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, bound: float) -> Tensor:
@@ -388,22 +356,11 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int, sequence_length: int):
         super().__init__()
-        turning, shape = head_dim // 4, (1, sequence_length, 1, head_dim)
+        turning = head_dim // 4
         frequency = torch.cat([(1 / 1024) ** torch.linspace(0, 1, turning), torch.zeros(head_dim // 2 - turning)])
-        for name, buffer in dict(frequency=frequency, cos=torch.empty(shape), sin=torch.empty(shape)).items():
-            self.register_buffer(name, buffer, persistent=False)
-        self.stretch(1, 1)
-
-    @torch.no_grad()
-    def stretch(self, first: int, window: int) -> None:
-        """YaRN (arXiv 2309.00071) for a window that has grown from `first`: what turned less than once in it turns more
-        slowly by as much as the window grew, what turned over 32 times as before; scores grow (in q and k by half)."""
-        same = ((first / (2 * math.pi) * self.frequency - 1) / 31).clamp(0, 1)
-        frequency = self.frequency * (same + (1 - same) * first / window)
-        angle = torch.outer(torch.arange(self.cos.size(1), dtype=torch.float32, device=frequency.device), frequency)
-        sharpness = (1 + 0.2 * math.log(window / first)) ** 0.5
-        self.cos.copy_((sharpness * torch.cat([angle.cos(), angle.cos()], dim=1))[None, :, None, :])
-        self.sin.copy_((sharpness * torch.cat([angle.sin(), -angle.sin()], dim=1))[None, :, None, :])
+        angle = torch.outer(torch.arange(sequence_length, dtype=torch.float32), frequency)
+        for name, first, second in (("cos", angle.cos(), angle.cos()), ("sin", angle.sin(), -angle.sin())):
+            self.register_buffer(name, torch.cat([first, second], dim=1)[None, :, None, :], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (sequences · length, heads, head_dim)
         halves = x.float().view(-1, self.cos.size(1), *x.shape[1:])
@@ -425,13 +382,12 @@ class Gate(nn.Module):
 
 
 class Attention(nn.Module):
-    """value_embedding, gated: as in Block. paired: heads h and h + heads / 2 are one of twice as many tokens, in turns
-    (modded-nanogpt); rotary is for those. shift: the half of a key without position is that of the token before, so one
-    layer finds what followed a token (modded-nanogpt)."""
+    """value_embedding: as in Block. gated: has each head's output a gate? shift: the half of a key without position is
+    that of the token before, so one layer finds what followed a token (modded-nanogpt)."""
 
-    def __init__(self, s: Settings, rotary: Rotary, value_embedding: bool, gated: bool, paired: bool, shift: bool):
+    def __init__(self, s: Settings, rotary: Rotary, value_embedding: bool, gated: bool, shift: bool):
         super().__init__()
-        self.heads, self.rotary, self.paired, self.bound = s.heads, rotary, paired, most_score(s)
+        self.heads, self.rotary, self.bound = s.heads, rotary, most_score(s)
         self.q, self.k, self.v = (Linear(s.width, s.width) for _ in range(3))
         self.o = Linear(s.width, s.width, zero=True)
         self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if value_embedding else None
@@ -449,15 +405,12 @@ class Attention(nn.Module):
             if self.value_gate is not None:
                 value = self.value_gate(x)[:, :, None] * value
             v = mix[0] * v + mix[1] * value
-        q, k = norm(q), norm(k)
-        if self.paired:
-            q, k, v = (x.reshape(2 * x.size(0), self.heads // 2, -1) for x in (q, k, v))
-        q, k = self.rotary(q), self.rotary(k)
+        q, k = self.rotary(norm(q)), self.rotary(norm(k))
         if self.shifted is not None:
             k = torch.where(self.shifted & ~starts(documents)[:, None, None], k.roll(1, 0), k)
         y = attention(q, k, v, documents, window, self.bound)
         if self.gate is not None:
-            y = y.view(x.size(0), self.heads, -1) * self.gate(x)[:, :, None]
+            y = y * self.gate(x)[:, :, None]
         return self.o(y.reshape(x.shape))
 
 
@@ -472,31 +425,22 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x: residual stream; x0: the embedding it began with; bigram: that of pairs of tokens; skip: the stream at the
-    mirrored block of the first half. value_embedding, skip: is there one? wide: has it the whole window?"""
+    """x: residual stream; x0: the embedding it began with; skip: the stream at the mirrored block of the first half.
+    value_embedding, skip: is there one? wide: has it the whole window?"""
 
-    def __init__(self, s: Settings, number: int, rotaries: list[Rotary], value_embedding: bool, skip: bool, wide: bool):
+    def __init__(self, s: Settings, rotary: Rotary, value_embedding: bool, skip: bool, wide: bool):
         super().__init__()
-        gated, paired = s.attention_gates in ("all", "wide" if wide else "all"), number in s.blocks("paired_blocks")
-        shift = s.key_shift and wide and not paired
-        self.attention = None
-        if number not in s.blocks("mlp_blocks"):
-            self.attention = Attention(s, rotaries[paired], value_embedding, gated, paired, shift)
-        self.mlp = MLP(s.width)
-        bigram = s.bigram > 0 and s.bigram_into == "blocks"
-        self.mix = nn.Parameter(torch.tensor([1.0, 0.0] + [0.1] * bigram + [1.0] * skip))  # of the four streams
-        self.skip_gate = Gate(s.width, 1) if skip and s.skip_gates else None
+        gated = s.attention_gates in ("all", "wide" if wide else "all")
+        self.attention, self.mlp = Attention(s, rotary, value_embedding, gated, s.key_shift and wide), MLP(s.width)
+        self.mix = nn.Parameter(torch.tensor([1.0, 0.0] + [1.0] * skip))  # of the three streams
 
-    def forward(self, x: Tensor, x0: Tensor, bigram: Tensor | None, skip: Tensor | None, value: Tensor | None,
-                documents: Tensor, window: int) -> Tensor:
-        if self.skip_gate is not None:
-            skip = self.skip_gate(x0) * skip
-        mix, others = self.mix.to(x.dtype), [stream for stream in (x0, bigram, skip) if stream is not None]
-        x = mix[0] * x
-        for i, stream in enumerate(others, 1):
-            x = x + mix[i] * stream
-        if self.attention is not None:
-            x = x + self.attention(norm(x), value, documents, window)
+    def forward(self, x: Tensor, x0: Tensor, skip: Tensor | None, value: Tensor | None, documents: Tensor,
+                window: int) -> Tensor:
+        mix = self.mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        if skip is not None:
+            x = x + mix[2] * skip
+        x = x + self.attention(norm(x), value, documents, window)
         return x + self.mlp(norm(x))
 
 
@@ -510,8 +454,7 @@ class GPT(nn.Module):
         self.dtype, self.cap, self.compiled = getattr(torch, s.dtype), tuple(s.numbers("logit_cap")), False
         self.precision = s.head_precision
         self.predicted = len(s.numbers("prediction_weights"))
-        self.rotaries = nn.ModuleList(Rotary(s.width // s.heads, s.sequence_length * (1 + paired))
-                                      for paired in range(2 if s.paired_blocks else 1))
+        rotary = Rotary(s.width // s.heads, s.sequence_length)
         self.tokens = nn.Embedding(padded, s.width)
         self.values = nn.ModuleList(nn.Embedding(padded, s.width) for _ in range(s.value_embeddings))
         self.value_of = {i: i for i in range(s.value_embeddings)}
@@ -519,18 +462,12 @@ class GPT(nn.Module):
         # block of the second half -> its mirror; of an even number the middle two are neighbours and need no skip
         self.skip_from = {s.layers - 1 - i: i for i in range((s.layers - 1) // 2)}
         self.wide = {i for i in range(s.layers) if i % 4 == 3} | {s.layers - 1}
-        self.paired = s.blocks("paired_blocks")
-        self.blocks = nn.ModuleList(Block(s, i, self.rotaries, i in self.value_of, i in self.skip_from,
-                                          i in self.wide) for i in range(s.layers))
+        self.blocks = nn.ModuleList(Block(s, rotary, i in self.value_of, i in self.skip_from, i in self.wide)
+                                    for i in range(s.layers))
         self.head = Linear(s.width, padded, zero=True)
-        self.tied = s.tied > 0
-        if self.tied:
-            nn.init.normal_(self.head.weight, std=0.005)
         self.document = document_token(s.vocab_size)
         self.bigram = nn.Embedding.from_pretrained(torch.zeros(s.bigram, s.width), freeze=False) if s.bigram else None
-        self.bigram_at_input = s.bigram > 0 and s.bigram_into == "input"
         self.smear, self.smear_gate = (nn.Parameter(torch.zeros(1)), Gate(s.width, 1)) if s.smear else (None, None)
-        self.backout = nn.Parameter(torch.tensor([0.5])) if s.backout else None
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, windows: tuple[int, int],
                 weights: Tensor) -> Tensor:
@@ -540,26 +477,23 @@ class GPT(nn.Module):
         flattened stream, and the end; windows: of most blocks and of the wide ones. The last tokens of a sequence have
         fewer targets.
         """
-        documents = [fused.bounds(n * cu_seqlens, n * tokens.numel()) for n in range(1, 1 + len(self.rotaries))]
-        x0, bigram, values = self.embed(tokens.flatten(), documents[0])
+        documents = fused.bounds(cu_seqlens, tokens.numel())
+        x0, values = self.embed(tokens.flatten(), documents)
         x, streams = x0.view_as(x0), []  # one tensor given twice would compile the first block anew
         for i, block in enumerate(self.blocks):
             skip = streams[self.skip_from[i]] if i in self.skip_from else None
             value = values[self.value_of[i]] if i in self.value_of else None
-            x = block(x, x0, bigram, skip, value, documents[i in self.paired], windows[i in self.wide])
+            x = block(x, x0, skip, value, documents, windows[i in self.wide])
             streams.append(x)
         ahead = [F.pad(targets[:, k:], (0, k), value=-1).flatten() for k in range(len(weights))]
-        early = None if self.backout is None else streams[2 * len(streams) // 3]
-        return self.loss(x, early, torch.stack(ahead, dim=1), weights)
+        return self.loss(x, torch.stack(ahead, dim=1), weights)
 
-    def embed(self, tokens: Tensor, documents: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Embeddings of tokens, of each token with the one before it (if blocks add that), and for the values."""
-        x = LookUp.apply(self.head.weight if self.tied else self.tokens.weight, tokens, self)
-        bigram = None
+    def embed(self, tokens: Tensor, documents: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The stream before the first block, and embeddings for the values."""
+        x, bigram = LookUp.apply(self.tokens.weight, tokens, self), None
         if self.bigram is not None:
             bigram = LookUp.apply(self.bigram.weight, self.pair_rows(tokens, documents), self)
-        values = [LookUp.apply(v.weight, tokens, self) for v in self.values]
-        return self.first(x, bigram, documents), None if self.bigram_at_input else bigram, values
+        return self.first(x, bigram, documents), [LookUp.apply(v.weight, tokens, self) for v in self.values]
 
     def rows_of(self, table: Tensor, rows: Tensor) -> Tensor:
         return F.embedding(rows, table).to(self.dtype)
@@ -575,18 +509,14 @@ class GPT(nn.Module):
         return ((mixed ^ mixed >> 15) * 2246822507 & 0xFFFFFFFF) * self.bigram.num_embeddings >> 32
 
     def first(self, x: Tensor, bigram: Tensor | None, documents: Tensor) -> Tensor:
-        """The stream before the first block."""
+        """The stream of embeddings of tokens and, if there are any, of each token with the one before it."""
         if self.smear is not None:
             before = x.roll(1, 0).masked_fill(starts(documents)[:, None], 0)
             x = x + self.smear.to(x.dtype) * self.smear_gate(x) * before
-        return norm(x) + bigram if self.bigram_at_input else norm(x)
+        return norm(x) if bigram is None else norm(x) + bigram
 
-    def loss(self, x: Tensor, early: Tensor | None, targets: Tensor, weights: Tensor) -> Tensor:
-        """Cross entropy of softcapped logits, targets (tokens, K) of which -1 does not count, weights (K,).
-
-        early: a stream of which some was of use to blocks only, and not to the head: backout (modded-nanogpt)."""
-        if early is not None:
-            x = x - self.backout.to(x.dtype) * early
+    def loss(self, x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Cross entropy of softcapped logits, targets (tokens, K) of which -1 does not count, weights (K,)."""
         return softcapped_cross_entropy(norm(x), self.head.weight, targets, weights, cap=self.cap,
                                         precision=self.precision)
 
@@ -650,12 +580,8 @@ def pick_device(s: Settings) -> torch.device:
     if cpu:
         return torch.device("cpu")
     if s.dtype == "bfloat16" and s.width // s.heads not in fused.HEAD_DIMS:
-        raise SettingsError(f"--width {s.width} and --heads {s.heads} make heads of {s.width // s.heads} channels: on a "
-                            f"GPU expected one of {', '.join(map(str, fused.HEAD_DIMS))}")
-    if s.dtype == "bfloat16" and most_score(s) > fused.MOST_BOUND:
-        raise SettingsError(f"attention's scores could reach {most_score(s):.0f}, at most {fused.MOST_BOUND:.0f} leave "
-                            "their exponentials in float32: lower --window, raise --window-start, or leave out --yarn "
-                            "or --key-shift")
+        raise SettingsError(f"--width {s.width} and --heads {s.heads} make heads of {s.width // s.heads} channels: on "
+                            f"a GPU expected one of {', '.join(map(str, fused.HEAD_DIMS))}")
     local_rank, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if processes > torch.cuda.device_count():
         raise SettingsError(f"{processes} processes for {torch.cuda.device_count()} GPUs: start at most "
@@ -685,20 +611,12 @@ def open_data(s: Settings, rank: int, world_size: int):
     return loader, validation
 
 
-def routed(s: Settings, model: GPT) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    groups = route(model)
-    if s.tied:  # then it learns as the head does, from the head's state on
-        groups["head"].append(next(member for member in groups["embedding"] if member[0] == "tokens.weight"))
-        groups["embedding"] = [member for member in groups["embedding"] if member[0] != "tokens.weight"]
-    return groups
-
-
 def make_optimizer(s: Settings, model: GPT):
     options = {name: value for name in ("polar", "cautious", "row_normalize")  # recipes may have their own
                if (value := getattr(s, name))}
-    return get_optimizer(s.optimizer, routed(s, model), lr=s.lr, weight_decay=s.weight_decay, momentum=s.momentum,
+    return get_optimizer(s.optimizer, route(model), lr=s.lr, weight_decay=s.weight_decay, momentum=s.momentum,
                          engine=s.engine, embedding_lr=s.embedding_lr, head_lr=s.head_lr, scalar_lr=s.scalar_lr,
-                         adam_betas=(s.adam_beta1, 0.95), adam_every=s.adam_every, **options)
+                         adam_betas=(s.adam_beta1, 0.95), **options)
 
 
 def set_schedule(optimizer, step: int, s: Settings) -> None:
@@ -707,17 +625,6 @@ def set_schedule(optimizer, step: int, s: Settings) -> None:
             group[name] = group["initial_" + name] * lr_scale(step, s)
         if "momentum" in group:
             group["momentum"] = momentum_at(step, s)
-
-
-@torch.no_grad()
-def untie(model: GPT, optimizer) -> None:
-    """From now on the token embedding is a parameter of its own, with the head's values and the head's moments."""
-    model.tied = False
-    head, tokens = model.head.weight, model.tokens.weight
-    tokens.copy_(head)
-    for one in optimizer.optimizers:
-        if head in one.state:
-            one.state[tokens] = {name: value.clone() for name, value in one.state[head].items()}
 
 
 def train_step(model: GPT, optimizer, batches, passes: int, windows: tuple[int, int], weights: Tensor, device) -> None:
@@ -733,16 +640,18 @@ def step_flops(model: GPT, batches, windows: tuple[int, int]) -> int:
     """Model FLOPs (records.profile) of a step of these batches. Gates are left out."""
     groups = route(model)
     parameters = sum(p.numel() for kind in ("matrix", "head") for _, p in groups[kind])
-    attention = [(model.tokens.embedding_dim, 1 + block.attention.paired, windows[i in model.wide])
-                 for i, block in enumerate(model.blocks) if block.attention is not None]
+    attention = [(model.tokens.embedding_dim, windows[i in model.wide]) for i in range(len(model.blocks))]
     return sum(model_flops(parameters, batch.cu_seqlens, attention) for batch in batches)
+
+
+PROFILED = 3  # steps of each stage
 
 
 def profile_stages(s: Settings, model: GPT, optimizer, loader: TrainLoader, device, world_size: int):
     """Yields what profile_step finds in each stage. Runs after the training: the weights it changes nobody needs."""
     at_once = s.sequences_at_once("batch_tokens", world_size)
     for steps, work in stages(s):
-        model.tied, windows = tied_at(steps[0], s), windows_at(steps[0], s)
+        windows = windows_at(steps[0], s)
         first, sequences = (tokens_at(steps[0], s) // s.sequence_length for tokens_at in (tokens_before, batch_at))
         passes = sequences // world_size // at_once
         batches = [loader.batch(first, sequences, part, passes) for part in range(passes)]
@@ -750,7 +659,7 @@ def profile_stages(s: Settings, model: GPT, optimizer, loader: TrainLoader, devi
         weights = torch.tensor(prediction_weights_at(steps[0], s), device=device)
         yield dict(first_step=steps[0], steps=len(steps), work=work) | profile_step(
             lambda: train_step(model, optimizer, again, passes, windows, weights, device),
-            step_flops(model, batches, windows), count=s.adam_every, device=device)
+            step_flops(model, batches, windows), count=PROFILED, device=device)
 
 
 def validate(model: GPT, batches, windows: tuple[int, int], device: torch.device, world_size: int) -> float:
@@ -788,8 +697,7 @@ def reset(model: GPT, s: Settings, seed: int) -> None:
     new = new_model(s, seed, model.head.weight.device)
     for mine, its in zip((*model.parameters(), *model.buffers()), (*new.parameters(), *new.buffers()), strict=True):
         mine.copy_(its)
-    model.zero_grad()  # Adam with --adam-every may have left some
-    model.tied = new.tied
+    model.zero_grad()
 
 
 def warm_up(s: Settings, model: GPT, loader: TrainLoader, validation, device, world_size: int) -> None:
@@ -799,7 +707,6 @@ def warm_up(s: Settings, model: GPT, loader: TrainLoader, validation, device, wo
     passes = sequences // world_size // s.sequences_at_once("batch_tokens", world_size)
     weights = torch.tensor(prediction_weights_at(0, s), device=device)
     for step in (0, s.steps):
-        model.tied = tied_at(step, s)
         windows = windows_at(step, s)  # a second value makes it symbolic in the graphs
         batches = (loader.batch(0, sequences, part, passes) for part in range(passes))
         train_step(model, optimizer, batches, passes, windows, weights, device)
@@ -825,9 +732,6 @@ def one_run(s: Settings, seed: int, model: GPT, loader: TrainLoader, validation,
     clock.start()
     for step in range(s.steps + 1):
         windows = windows_at(step, s)
-        if s.yarn and (step == 0 or windows != windows_at(step - 1, s)):
-            for rotary in model.rotaries:
-                rotary.stretch(first_window(s), windows[1])
         if step % s.val_every == 0 or step == s.steps:
             seconds = clock.stop()
             optimizer.check_finite()
@@ -840,8 +744,6 @@ def one_run(s: Settings, seed: int, model: GPT, loader: TrainLoader, validation,
             clock.start()
         if step == s.steps:
             break
-        if model.tied and not tied_at(step, s):
-            untie(model, optimizer)
         set_schedule(optimizer, step, s)
         train_step(model, optimizer, batches, batch_at(step, s) // pass_tokens, windows, weights[step], device)
         record.progress(step + 1, clock.running())
@@ -882,7 +784,7 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
                 first = model is None
                 if first:
                     model = new_model(s, planned["seed"], device)
-                record.line(route_table(routed(s, model)))
+                record.line(route_table(route(model)))
                 record.line(f"seed {planned['seed']}, {in_passes(s, device, world_size)}")
                 if first:
                     began = time.perf_counter()

@@ -103,21 +103,17 @@ def _with_adam(
     adam_betas: tuple[float, float] = (0.8, 0.95),
     adam_eps: float = 1e-10,
     adam_weight_decay: float = 0.0,
-    adam_every: int = 1,
     engine: str = "auto",
     process_group=None,
     **matrix_options,
 ) -> ChainedOptimizer:
     """`matrices`(params, lr=…, …) for the matrix group, or Adam at the same `lr` if None; Adam for the other groups.
 
-    adam_every      steps from one update by Adam to the next, gradients adding up (see optim.adam.Adam)
     engine          what Muon works with, "auto", "fused" or "eager" (see optim.polar.Polar)
     matrix_options  of Muon, over the recipe's own: polar="turbo-3", beta2=0.9, cautious=True, …
     """
     if matrices is None and matrix_options:
         raise ValueError(f"{', '.join(matrix_options)}: options of Muon, and this recipe has only Adam")
-    if matrices is None and adam_every != 1:
-        raise ValueError(f"adam_every={adam_every}: in this recipe Adam has the matrices, too; expected 1")
     rates = {"embedding": embedding_lr, "head": head_lr, "scalar": scalar_lr}
     adam_groups = [{"params": groups[kind], "lr": rate, "kind": kind} for kind, rate in rates.items() if groups[kind]]
     matrix_group = {"params": groups["matrix"], "lr": lr, "weight_decay": weight_decay, "kind": "matrix"}
@@ -129,7 +125,7 @@ def _with_adam(
                                    process_group=process_group, **matrix_options))
     if adam_groups:
         optimizers.append(Adam(adam_groups, betas=adam_betas, eps=adam_eps, weight_decay=adam_weight_decay,
-                               every=adam_every, process_group=process_group))
+                               process_group=process_group))
     return ChainedOptimizer(*optimizers)
 
 

@@ -21,17 +21,16 @@ class Adam(ShardedOptimizer):
 
     Gradients are averaged over `process_group` (None: the default group if torch.distributed runs, else this process
     alone). `p.grad` is read, never written; parameters without gradient are skipped (on every rank alike). A NaN or
-    infinite gradient raises NonFiniteError within a step or so. state_dict() holds this rank's slices. With every=n
-    each n-th step updates, by the sum of the gradients since the last one. lr may be a 0-D tensor on the parameters'
-    device, which can move under a CUDA graph (see `step`).
+    infinite gradient raises NonFiniteError within a step or so. state_dict() holds this rank's slices. lr may be a
+    0-D tensor on the parameters' device, which can move under a CUDA graph (see `step`).
 
     float16 parameters get float32 moments and a float32 update, then rounded: squares of gradients leave its range, and
     where one becomes 0 the update is divided by ε alone.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, every=1, process_group=None):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, process_group=None):
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True),
-                         process_group, every)  # fused=True also keeps `step` on the device when a state is loaded
+                         process_group)  # fused=True also keeps `step` on the device when a state is loaded
         for group in self.param_groups:
             if min(group["lr"], group["eps"], group["weight_decay"]) < 0 or not all(0 <= b < 1 for b in group["betas"]):
                 raise ValueError("Adam needs lr, eps, weight_decay >= 0 and betas in [0, 1); got "

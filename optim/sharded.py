@@ -10,16 +10,10 @@ from .finite import FiniteCheck
 
 
 class ShardedOptimizer(EagerOptimizer):
-    """A torch optimizer whose subclass writes `_update`, one step over all its groups, and reads `ranks`, `steps`.
+    """A torch optimizer whose subclass writes `_update`, one step over all its groups, and reads `ranks`, `steps`."""
 
-    every: steps from one update to the next; between them gradients add up, and zero_grad() leaves them.
-    """
-
-    def __init__(self, params, defaults: dict, process_group=None, every: int = 1):
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
+    def __init__(self, params, defaults: dict, process_group=None):
         super().__init__(params, defaults)
-        self.every = every
         self.ranks = Ranks(process_group)
         self.finite = FiniteCheck(self.ranks)
         self.steps = 0
@@ -34,7 +28,7 @@ class ShardedOptimizer(EagerOptimizer):
         if capturing() and not (self.capturable and self.steps):
             raise RuntimeError(f"{type(self).__name__}: this step cannot be captured in a CUDA graph: " + (
                 "take one before, which makes the state" if self.capturable else
-                "several ranks, a budget (AMO) or every > 1 have a part on the host; capture the gradients alone"))
+                "several ranks or a budget (AMO) have a part on the host; capture the gradients alone"))
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -42,18 +36,13 @@ class ShardedOptimizer(EagerOptimizer):
         if not capturing():
             self.finite.poll(before=self.steps)
         self.steps += 1
-        if self.steps % self.every == 0:
-            self._update()
+        self._update()
         return loss
 
     @property
     def capturable(self) -> bool:
         """Whether a CUDA graph can hold a step."""
-        return self.ranks.size == 1 and self.every == 1
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        if self.steps % self.every == 0:
-            super().zero_grad(set_to_none)
+        return self.ranks.size == 1
 
     def _update(self) -> None:
         raise NotImplementedError

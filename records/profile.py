@@ -36,19 +36,20 @@ RULES = tuple((group, re.compile(pattern)) for group, pattern in (      # of nam
     ("others", r"^triton_(?!tem_)"),    # inductor names what it fuses after all that is nearby, not so its templates
     ("attention", r"flash|fmha|attention"),
     ("loss", r"^_(rows|slopes|cast)_kernel|cross_entropy|log_softmax|nll_loss"),
-    ("products", r"nvjet|gemm|gemv|cublas|cutlass|xmma|^triton_tem_|^aten::(linear|matmul|\w*mm)$|mkl\w*::\w*linear")))
+    ("products", r"nvjet|gemm|gemv|cublas|cutlass|xmma|^_relu_squared_kernel|^triton_tem_|^aten::(linear|matmul|\w*mm)$"
+     r"|mkl\w*::\w*linear")))
 MODEL = "forward and backward"      # the one part of a step that is not the optimizer's
 # Dense bfloat16 TFLOP/s by NVIDIA's data sheets, half of what they print for sparse matrices. The first name that fits.
 PEAKS = {"H100 PCIe": 756.5, "H100 NVL": 835.5, "H200 NVL": 835.5, "H100": 989.5, "H200": 989.5, "A100": 312.0}
 
 
 def profile_step(step, flops, *, count=1, device=None):
-    """Time the parts of one step, and the kernels of another; a step before these is not looked at.
+    """Time the parts of `count` steps, and the kernels of as many others; as many before these are not looked at.
 
     Parts are timed without the profiler, which slows CUDA graphs down: on the GPU's own clock, where there is one.
 
-    step: function without arguments.  flops: model FLOPs of a call of it on this device (float).  count: calls after
-    which steps repeat; all times are means of so many.  device: torch.device, None for CUDA where torch finds it.
+    step: function without arguments.  flops: model FLOPs of a call of it on this device (float).  count: of these steps
+    (int); all times are means of a step.  device: torch.device, None for CUDA where torch finds it.
     Returns dict:
         step_ms      the whole step
         parts_ms     part -> its time
@@ -144,10 +145,9 @@ def model_flops(parameters, cu_seqlens, attention):
     """FLOPs of a training step, by the formula above (int).
 
     parameters: of all matrices (int).  cu_seqlens: of the tokens, as in visible_keys.
-    attention: list of (width, streams, window) of each layer that has it. In 2 streams half of the heads are behind
-    the other half: as many documents of twice the length, half as wide.
+    attention: list of (width, window) of each layer.
     """
-    keys = sum(width // streams * visible_keys(streams * cu_seqlens, window) for width, streams, window in attention)
+    keys = sum(width * visible_keys(cu_seqlens, window) for width, window in attention)
     return 6 * parameters * int(cu_seqlens[-1]) + 12 * keys
 
 

@@ -130,7 +130,7 @@ def test_what_decides_on_the_host_is_not_capturable(capture):
     p.grad = torch.randn(8, 8)
     amo.step()
     capture(True)
-    with pytest.raises(RuntimeError, match="a budget .AMO. or every > 1 have a part on the host; capture the grad"):
+    with pytest.raises(RuntimeError, match="several ranks or a budget .AMO. have a part on the host; capture the grad"):
         amo.step()
 
 

@@ -54,22 +54,6 @@ def test_adam_equals_torch_adamw(shapes):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-7) and torch.equal(a.grad, b.grad)
 
 
-def test_adam_every_third_step_takes_the_sum_of_the_gradients_since_the_last_one():
-    ours, theirs = (nn.Parameter(torch.ones(5, 3)) for _ in range(2))
-    adam, reference = Adam([ours], lr=0.1, every=3), torch.optim.AdamW([theirs], lr=0.1, weight_decay=0)
-    for step in range(1, 7):
-        (ours * torch.full((5, 3), float(step))).sum().backward()
-        adam.step()
-        adam.zero_grad()
-        if step % 3:
-            assert torch.equal(ours, theirs) and ours.grad.unique().item() == sum(range(step - step % 3 + 1, step + 1))
-        else:
-            theirs.grad = torch.full((5, 3), float(step - 2 + step - 1 + step))
-            reference.step()
-            assert ours.grad is None and not torch.equal(ours, torch.ones(5, 3))
-        torch.testing.assert_close(ours, theirs)
-
-
 def test_split_treats_a_fused_projection_as_separate_matrices():
     torch.manual_seed(0)
     fused, parts = nn.Parameter(torch.randn(48, 16)), [nn.Parameter(torch.empty(16, 16)) for _ in range(3)]
@@ -292,8 +276,6 @@ def test_route_takes_a_tied_head_once_and_skips_frozen_parameters():
     (lambda: Muon([{"params": [nn.Parameter(torch.zeros(3, 3))], "lr": -1.0}]), "lr >= 0"),
     (lambda: Muon([nn.Parameter(torch.zeros(3, 3))], adjust_lr_fn="rms"), "original, match_rms_adamw"),
     (lambda: Adam([nn.Parameter(torch.zeros(3))], betas=(1.0, 0.9)), "betas"),
-    (lambda: Adam([nn.Parameter(torch.zeros(3))], every=0), "every must be at least 1, got 0"),
-    (lambda: get_optimizer("adamw", route(small_model()), lr=1, adam_every=2), "adam_every=2"),
     (lambda: get_optimizer("sophia", route(small_model()), lr=1), "turbo-muon"),
     (lambda: ChainedOptimizer(Adam([nn.Parameter(torch.zeros(3))])).load_state_dict({"optimizers": []}), "holds 0"),
 ])

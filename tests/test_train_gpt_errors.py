@@ -161,14 +161,11 @@ def test_eight_bits_without_a_gpu_are_refused_with_the_option_that_does_without(
     assert "--head-precision fp8" in (message := fails(data, head_precision="fp8")) and "bfloat16" in message
 
 
-@pytest.mark.parametrize("changes, said", [
-    (dict(width=768, heads=8), "--width 768 and --heads 8 make heads of 96 channels: .* 16, 32, 64, 128"),
-    (dict(yarn=True, window_start=2, key_shift=True), "scores could reach 5[0-9], at most 36 .*--window-start")])
-def test_what_a_gpu_s_attention_cannot_do_is_said(monkeypatch, changes, said):
+def test_what_a_gpu_s_attention_cannot_do_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(train_gpt, "why_not", lambda device: None)
-    with pytest.raises(SettingsError, match=said):
-        train_gpt.pick_device(train_gpt.Settings(**changes))
+    with pytest.raises(SettingsError, match="--width 768 and --heads 8 make heads of 96 channels: .* 16, 32, 64, 128"):
+        train_gpt.pick_device(train_gpt.Settings(width=768, heads=8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
