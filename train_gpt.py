@@ -31,11 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import fineweb, local_text, shards
-from data.shards import DataError, TrainLoader, document_token, validation_batches
+from data.shards import Batch, DataError, TrainLoader, document_token, validation_batches
 from kernels import attention as fused
 from kernels import why_not
 from kernels.add_rows import add_rows, add_rows_eager
 from kernels.cross_entropy import MOST_SCALE, softcapped_cross_entropy
+from kernels.graph import Replays
 from kernels.relu_squared import relu_squared_mlp, relu_squared_mlp_eager
 from optim import OPTIMIZERS, POLARS, NonFiniteError, budgets, get_optimizer, route, route_table
 from optim.parts import part
@@ -65,6 +66,7 @@ class Settings:
     device: str = option("auto", "auto takes a GPU if there is one", choices=("auto", "cuda", "cpu"))
     dtype: str = option("bfloat16", "of activations; weights stay float32", choices=("bfloat16", "float32"))
     compile: bool = option(True, "torch.compile")
+    graphs: bool = option(False, "on a GPU forward and backward are CUDA graphs, one for each size of the windows")
     # data
     data: str = option("data/fineweb10B", "folder of token shards")
     source: str = option("fineweb", "what fills a missing --data folder", choices=("fineweb", "local", "none"))
@@ -627,11 +629,51 @@ def set_schedule(optimizer, step: int, s: Settings) -> None:
             group["momentum"] = momentum_at(step, s)
 
 
-def train_step(model: GPT, optimizer, batches, passes: int, windows: tuple[int, int], weights: Tensor, device) -> None:
+class Passes:
+    """Losses and gradients of batches. With `graphs` they are CUDA graphs: launching the kernels of a pass takes the
+    host about as long as they take the GPU."""
+
+    def __init__(self, model: GPT, device: torch.device, graphs: bool = False):
+        self.model, self.device = model, device
+        self.replays = Replays(self._work, self._zero) if graphs else None
+        self.grads = [torch.zeros_like(p) for p in model.parameters()] if graphs else []  # where the graphs add to
+
+    def loss(self, batch: Batch, windows: tuple[int, int], weights: Tensor) -> Tensor:
+        """As GPT.forward; it lasts until the next pass."""
+        return self._run(batch, windows, weights, gradients=False)
+
+    def add_gradients(self, batch: Batch, windows: tuple[int, int], weights: Tensor) -> None:
+        """Those of the loss are added to the parameters' .grad; where that is None, they become it."""
+        if self.replays and self.model.head.weight.grad is None:
+            self._zero()
+            for p, grad in zip(self.model.parameters(), self.grads):
+                p.grad = grad
+        self._run(batch, windows, weights, gradients=True)
+
+    def _zero(self) -> None:
+        torch._foreach_zero_(self.grads)
+
+    def _run(self, batch: Batch, windows: tuple[int, int], weights: Tensor, gradients: bool) -> Tensor:
+        batch, tokens, edges = batch.to(self.device), batch.tokens.numel(), batch.cu_seqlens.numel()
+        if self.replays is None:
+            return self._work((windows, gradients), batch.tokens, batch.targets, batch.cu_seqlens, weights)
+        cu_seqlens = F.pad(batch.cu_seqlens, (0, tokens + 1 - edges), value=tokens)  # a graph's inputs have one shape
+        return self.replays((windows, gradients), batch.tokens, batch.targets, cu_seqlens, weights)
+
+    def _work(self, key: tuple[tuple[int, int], bool], *inputs: Tensor) -> Tensor:
+        (windows, gradients), (tokens, targets, cu_seqlens, weights) = key, inputs
+        # torch.compile has graphs with gradients, and would compile everything once more without
+        with torch.set_grad_enabled(gradients or self.model.compiled):
+            loss = self.model(tokens, targets, cu_seqlens, windows, weights)
+        if gradients:
+            loss.backward()
+        return loss.detach()
+
+
+def train_step(passes: Passes, optimizer, batches, count: int, windows: tuple[int, int], weights: Tensor) -> None:
     with part("forward and backward"):
-        for _ in range(passes):
-            batch = next(batches).to(device)
-            (model(batch.tokens, batch.targets, batch.cu_seqlens, windows, weights) / passes).backward()
+        for _ in range(count):
+            passes.add_gradients(next(batches), windows, weights / count)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -647,28 +689,27 @@ def step_flops(model: GPT, batches, windows: tuple[int, int]) -> int:
 PROFILED = 3  # steps of each stage
 
 
-def profile_stages(s: Settings, model: GPT, optimizer, loader: TrainLoader, device, world_size: int):
+def profile_stages(s: Settings, passes: Passes, optimizer, loader: TrainLoader, world_size: int):
     """Yields what profile_step finds in each stage. Runs after the training: the weights it changes nobody needs."""
-    at_once = s.sequences_at_once("batch_tokens", world_size)
+    at_once, device = s.sequences_at_once("batch_tokens", world_size), passes.device
     for steps, work in stages(s):
         windows = windows_at(steps[0], s)
         first, sequences = (tokens_at(steps[0], s) // s.sequence_length for tokens_at in (tokens_before, batch_at))
-        passes = sequences // world_size // at_once
-        batches = [loader.batch(first, sequences, part, passes) for part in range(passes)]
+        count = sequences // world_size // at_once
+        batches = [loader.batch(first, sequences, part, count) for part in range(count)]
         again = itertools.cycle([batch.pin() for batch in batches] if device.type == "cuda" else batches)
         weights = torch.tensor(prediction_weights_at(steps[0], s), device=device)
         yield dict(first_step=steps[0], steps=len(steps), work=work) | profile_step(
-            lambda: train_step(model, optimizer, again, passes, windows, weights, device),
-            step_flops(model, batches, windows), count=PROFILED, device=device)
+            lambda: train_step(passes, optimizer, again, count, windows, weights),
+            step_flops(passes.model, batches, windows), count=PROFILED, device=device)
 
 
-def validate(model: GPT, batches, windows: tuple[int, int], device: torch.device, world_size: int) -> float:
+def validate(passes: Passes, batches, windows: tuple[int, int], world_size: int) -> float:
     """Mean loss over the validation tokens of all ranks."""
-    total, weights = torch.zeros((), dtype=torch.float64, device=device), torch.eye(model.predicted, device=device)[0]
+    total = torch.zeros((), dtype=torch.float64, device=passes.device)
+    weights = torch.eye(passes.model.predicted, device=passes.device)[0]
     for batch in batches:
-        batch = batch.to(device)
-        with torch.set_grad_enabled(model.compiled):  # without gradients everything would be compiled once more
-            total += model(batch.tokens, batch.targets, batch.cu_seqlens, windows, weights).detach()
+        total += passes.loss(batch, windows, weights)
     total /= len(batches)
     if world_size > 1:
         dist.all_reduce(total)
@@ -700,22 +741,30 @@ def reset(model: GPT, s: Settings, seed: int) -> None:
     model.zero_grad()
 
 
-def warm_up(s: Settings, model: GPT, loader: TrainLoader, validation, device, world_size: int) -> None:
-    """Compile and load everything the runs will need. They `reset` the weights that this changes."""
-    optimizer = make_optimizer(s, model)
-    sequences = batch_at(0, s) // s.sequence_length
-    passes = sequences // world_size // s.sequences_at_once("batch_tokens", world_size)
-    weights = torch.tensor(prediction_weights_at(0, s), device=device)
-    for step in (0, s.steps):
-        windows = windows_at(step, s)  # a second value makes it symbolic in the graphs
-        batches = (loader.batch(0, sequences, part, passes) for part in range(passes))
-        train_step(model, optimizer, batches, passes, windows, weights, device)
-        validate(model, validation[:1], windows, device, world_size)
+def warm_up(s: Settings, passes: Passes, loader: TrainLoader, validation, world_size: int) -> None:
+    """Compile, load and capture everything the runs will need. They `reset` the weights that this changes."""
+    optimizer, sequences = make_optimizer(s, passes.model), batch_at(0, s) // s.sequence_length
+    count = sequences // world_size // s.sequences_at_once("batch_tokens", world_size)
+    weights = torch.tensor(prediction_weights_at(0, s), device=passes.device)
+
+    def step_and_validate(passes: Passes, step: int) -> None:
+        windows = windows_at(step, s)
+        batches = (loader.batch(0, sequences, part, count) for part in range(count))
+        train_step(passes, optimizer, batches, count, windows, weights)
+        validate(passes, validation[:1], windows, world_size)
+
+    for step in (0, s.steps):  # a second size of the windows makes it symbolic in what torch.compile makes
+        step_and_validate(Passes(passes.model, passes.device), step)
+    if passes.replays:
+        torch.cuda.empty_cache()  # graphs have memory of their own
+        for steps, _ in stages(s):
+            step_and_validate(passes, steps[0])
 
 
-def one_run(s: Settings, seed: int, model: GPT, loader: TrainLoader, validation, device: torch.device, world_size: int,
-            record: Record, facts: dict) -> tuple[float, float]:
+def one_run(s: Settings, seed: int, passes: Passes, loader: TrainLoader, validation, world_size: int, record: Record,
+            facts: dict) -> tuple[float, float]:
     """Train from the beginning: (validation loss, seconds). facts: what the process found out before, for `record`."""
+    model, device = passes.model, passes.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     reset(model, s, seed)
@@ -735,7 +784,7 @@ def one_run(s: Settings, seed: int, model: GPT, loader: TrainLoader, validation,
         if step % s.val_every == 0 or step == s.steps:
             seconds = clock.stop()
             optimizer.check_finite()
-            loss = validate(model, validation, windows, device, world_size)
+            loss = validate(passes, validation, windows, world_size)
             record.validation(step, loss, seconds, tokens_before(step, s))
             if s.probe:
                 probes[str(step)] = probe(optimizer, model)
@@ -745,15 +794,17 @@ def one_run(s: Settings, seed: int, model: GPT, loader: TrainLoader, validation,
         if step == s.steps:
             break
         set_schedule(optimizer, step, s)
-        train_step(model, optimizer, batches, batch_at(step, s) // pass_tokens, windows, weights[step], device)
+        train_step(passes, optimizer, batches, batch_at(step, s) // pass_tokens, windows, weights[step])
         record.progress(step + 1, clock.running())
 
     extra = {"optimizer": s.optimizer} | {"amo": budget.commitment for budget in budgets(optimizer)} | facts
     if s.probe:
         extra["probe"] = probes
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    peak = None
+    if device.type == "cuda":  # of what is inside of graphs only the reserved memory speaks
+        peak = (torch.cuda.max_memory_reserved if passes.replays else torch.cuda.max_memory_allocated)(device)
     if s.profile:
-        table, extra["profile"] = report(profile_stages(s, model, optimizer, loader, device, world_size),
+        table, extra["profile"] = report(profile_stages(s, passes, optimizer, loader, world_size),
                                          torch.cuda.get_device_name(device) if device.type == "cuda" else None)
         record.line(table)
     record.finish(peak_memory_bytes=peak, extra=extra)
@@ -767,7 +818,7 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
     gpu = None if device.type == "cpu" else "0" if world_size == 1 else "all"
     series = Series(s.records, track=s.track, name=s.name, target=s.target, runs=s.runs, first_seed=s.seed,
                     script=Path(__file__), repository=REPOSITORY, gpu=gpu, processes=world_size, enabled=rank == 0)
-    model, hashes, facts, results = None, {}, {}, []
+    model, passes, hashes, facts, results = None, None, {}, {}, []
     for planned in series.schedule:
         with series.run(planned) as (root, name):
             record = Record(root, track=s.track, name=name, target=s.target, steps=s.steps, seed=planned["seed"],
@@ -784,19 +835,19 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
                 first = model is None
                 if first:
                     model = new_model(s, planned["seed"], device)
+                    passes = Passes(model, device, s.graphs and device.type == "cuda")
                 record.line(route_table(route(model)))
                 record.line(f"seed {planned['seed']}, {in_passes(s, device, world_size)}")
                 if first:
                     began = time.perf_counter()
                     if s.compile:
                         model.compile_parts()
-                    warm_up(s, model, loader, validation, device, world_size)
+                    warm_up(s, passes, loader, validation, world_size)
                     record.line(f"compiled and warmed up in {time.perf_counter() - began:.1f} s")
                     if s.source == "local" and rank == 0:
                         facts["bigram loss"] = bigram_loss(s)
                 this = replace(s, profile=s.profile and planned == series.schedule[-1])
-                results.append(one_run(this, planned["seed"], model, loader, validation, device, world_size, record,
-                                       facts))
+                results.append(one_run(this, planned["seed"], passes, loader, validation, world_size, record, facts))
         found = {"runs": len(results)} | dict(zip(("val_loss", "seconds"), map(spread, zip(*results))))
         if series.ledger:
             (loss, seconds), means = results[-1], [found[key]["mean"] for key in ("val_loss", "seconds")]

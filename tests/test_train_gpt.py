@@ -16,16 +16,17 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
-from data.shards import sha256, write_shard
+from data.shards import Batch, sha256, write_shard
 from kernels.attention import bounds as bounds_of
 from optim import get_polar, route
 from records.log import Record, parse_log, unpack_source
 from records.settings import SettingsError
 from records.verify import inspect
-from train_gpt import (GPT, PRESETS, Rotary, Settings, attention, blockwise_attention, lr_scale, momentum_at,
+from train_gpt import (GPT, PRESETS, Passes, Settings, attention, blockwise_attention, lr_scale, momentum_at,
                        prediction_weights_at, windows_at)
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
 VOCABULARY = 257  # bytes and the document token
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = dict(preset="local", source="none", device="cpu", layers=2, heads=2, width=32, value_embeddings=1,
@@ -142,10 +143,10 @@ def test_a_profile_goes_into_the_record_which_verifies_and_changes_no_loss(data,
     monkeypatch.setattr("sys.argv", ["train_gpt.py", *arguments(data, tmp_path, profile=True, **changes)])
     seen, train_step = [], train_gpt.train_step
 
-    def watched(model, optimizer, batches, passes, windows, weights, device):
-        batches = list(itertools.islice(batches, passes))
+    def watched(passes, optimizer, batches, count, windows, weights):
+        batches = list(itertools.islice(batches, count))
         seen.append((windows, weights.tolist(), [batch.tokens.tolist() for batch in batches]))
-        train_step(model, optimizer, iter(batches), passes, windows, weights, device)
+        train_step(passes, optimizer, iter(batches), count, windows, weights)
 
     monkeypatch.setattr(train_gpt, "train_step", watched)
     record = train(data, tmp_path, profile=True, draw=True, **changes)
@@ -222,23 +223,21 @@ def test_a_run_without_warm_up_has_the_same_losses_to_the_bit(finished, data, tm
 def test_reset_puts_everything_back_to_the_bit_after_warm_up(data, monkeypatch):
     s, model = model_of(data=str(data), seed=3)
     loader, validation = train_gpt.open_data(s, 0, 1)
-    device = torch.device("cpu")
+    passes = Passes(model, CPU)
     before = {name: p.clone() for name, p in (*model.named_parameters(), *model.named_buffers())}
-    loss = train_gpt.validate(model, validation, (16, 32), device, 1)
+    loss = train_gpt.validate(passes, validation, (16, 32), 1)
     randomised(model)
 
     inside = []  # names of the weights that differ while warm_up validates
     validate = train_gpt.validate
 
-    def spy(model, *rest):
-        inside.append({name for name, p in model.named_parameters() if not torch.equal(p, before[name])})
-        return validate(model, *rest)
+    def spy(passes, *rest):
+        inside.append({name for name, p in passes.model.named_parameters() if not torch.equal(p, before[name])})
+        return validate(passes, *rest)
 
     monkeypatch.setattr(train_gpt, "validate", spy)
-    train_gpt.warm_up(s, model, loader, validation, device, 1)
-    loader.batch(0, 1, 0, 1)
-    train_gpt.train_step(model, SimpleNamespace(step=lambda: None, zero_grad=lambda **_: None),
-                         iter([loader.batch(0, 8, 0, 1)]), 1, (16, 32), torch.ones(1), device)
+    train_gpt.warm_up(s, passes, loader, validation, 1)
+    passes.add_gradients(loader.batch(0, 8, 0, 1), (16, 32), torch.ones(1))
     assert any(p.grad is not None for p in model.parameters())
     places = [p.data_ptr() for p in (*model.parameters(), *model.buffers())]
     train_gpt.reset(model, s, 3)
@@ -247,13 +246,13 @@ def test_reset_puts_everything_back_to_the_bit_after_warm_up(data, monkeypatch):
     assert now.keys() == before.keys() and all(torch.equal(tensor, before[name]) for name, tensor in now.items())
     assert places == [p.data_ptr() for p in now.values()]  # in place: compiled graphs may know where they lie
     assert all(p.grad is None for p in model.parameters())
-    assert validate(model, validation, (16, 32), device, 1) == loss
+    assert validate(passes, validation, (16, 32), 1) == loss
 
 
 def test_the_loss_at_step_0_is_that_of_a_freshly_seeded_model(finished, data):
     s, model = model_of(data=str(data))
     _, validation = train_gpt.open_data(s, 0, 1)
-    fresh = train_gpt.validate(model, validation, windows_at(0, s), torch.device("cpu"), 1)
+    fresh = train_gpt.validate(Passes(model, CPU), validation, windows_at(0, s), 1)
     assert losses(finished)[0] == fresh
 
 
@@ -465,6 +464,74 @@ def test_a_step_s_flops_are_torch_s_count_of_products_and_the_pairs_that_may_see
     batch = SimpleNamespace(cu_seqlens=cu_seqlens)
     assert train_gpt.step_flops(model, [batch], windows) == counted
     assert train_gpt.step_flops(model, [batch, batch], windows) == 2 * counted
+
+
+class Played:
+    """As kernels.graph.Replays, without a GPU: `work` on inputs that stay where they are."""
+
+    def __init__(self, work, before):
+        self.work, self.before, self.inputs, self.keys = work, before, None, []
+
+    def __call__(self, key, *tensors):
+        self.inputs = self.inputs or [x.clone() for x in tensors]
+        for mine, its in zip(self.inputs, tensors):
+            mine.copy_(its)
+        if key not in self.keys:
+            self.keys.append(key)
+            for _ in range(3):  # what capturing does to gradients
+                self.before()
+                self.work(key, *self.inputs)
+            self.before()
+        return self.work(key, *self.inputs)
+
+
+def same_by_graphs(plain: Passes, graphs: Passes, optimizers, **tolerance) -> None:
+    """Steps of one, two and one passes at two windows, and validations between: losses and weights."""
+    generator, batches = torch.Generator().manual_seed(1), []
+    for edges in ([0, 50, 128, 256], [0, 128, 200, 256], [0, 64, 128, 130, 132, 256], [0, 128, 256]):
+        tokens, targets = torch.randint(0, VOCABULARY, (2, 2, 128), generator=generator)
+        batches.append(Batch(tokens, targets, torch.tensor(edges, dtype=torch.int32)))
+    weights = torch.tensor([1.0, 0.5], device=plain.device)
+    for window, count in ((32, 1), (32, 2), (64, 1), (32, 2)):
+        for passes, optimizer in zip((plain, graphs), optimizers):
+            train_gpt.train_step(passes, optimizer, iter(batches[1:]), count, (16, window), weights)
+        losses = [train_gpt.validate(passes, batches[:2], (16, window), 1) for passes in (plain, graphs)]
+        assert losses[0] == pytest.approx(losses[1], rel=tolerance["rtol"])
+        for a, b in zip(plain.model.parameters(), graphs.model.parameters()):
+            torch.testing.assert_close(a, b, **tolerance)
+
+
+PARTS = dict(layers=4, bigram=500, key_shift=True, smear=True, value_gates=True, attention_gates="wide",
+             prediction_weights="1,0.5")
+
+
+def test_gradients_by_graphs_are_those_without(monkeypatch):
+    monkeypatch.setattr(train_gpt, "Replays", Played)
+    s, plain = model_of(**PARTS)
+    _, other = model_of(**PARTS)
+    optimizers = [train_gpt.make_optimizer(s, model) for model in (plain, other)]
+    graphs = Passes(other, CPU, graphs=True)
+    places = [grad.data_ptr() for grad in graphs.grads]
+    same_by_graphs(Passes(plain, CPU), graphs, optimizers, rtol=1e-6, atol=1e-7)
+    assert set(graphs.replays.keys) == {((16, window), flag) for window in (32, 64) for flag in (False, True)}
+    zeros = torch.zeros(2, 128, dtype=torch.int64)
+    graphs.add_gradients(Batch(zeros, zeros, torch.tensor([0, 256])), (16, 32), torch.ones(2))
+    assert [p.grad.data_ptr() for p in other.parameters()] == places
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_gradients_by_cuda_graphs_are_those_without(compile):
+    device, models = torch.device("cuda"), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        s = Settings(**PRESETS["local"] | TINY | PARTS | dict(device="auto", dtype="bfloat16"))
+        with device:
+            models.append(GPT(s))
+        if compile:
+            models[-1].compile_parts()
+    optimizers = [train_gpt.make_optimizer(s, model) for model in models]
+    same_by_graphs(Passes(models[0], device), Passes(models[1], device, graphs=True), optimizers, rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -92,7 +92,7 @@ def test_a_second_run_compiles_nothing(data, tmp_path, monkeypatch):  # noqa: F8
 
     def spy(*args):
         graphs.append(counters["stats"]["unique_graphs"])
-        models.append(args[2])
+        models.append(args[2].model)
         return one_run(*args)
 
     monkeypatch.setattr(train_gpt, "one_run", spy)
