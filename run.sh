@@ -6,7 +6,7 @@
 #   ./run.sh test [pytest options]      the tests
 #   ./run.sh ab --help                  is a change better, by how much, how sure: interleaved runs of it and of what is
 #   ./run.sh train_gpt.py --help        any script of this repository, on every GPU there is
-#   ./run.sh python -m data.fineweb 11   any command, inside the environment
+#   ./run.sh python -m data.fineweb 5   any command, inside the environment
 #
 # PYTHON=python3.12 ./run.sh picks the interpreter of a new environment. Works from any directory; safe to call again.
 set -euo pipefail
@@ -49,7 +49,7 @@ case "${1:-}" in
     "")
         count=$(gpus)
         if [ "$count" -gt 0 ]; then
-            if python -m data.fineweb 11; then
+            if python -m data.fineweb 5; then
                 launch "$count" train_gpt.py --preset record
             fi
             echo "run.sh: no FineWeb shards (see above): training on the embedded local text instead" >&2

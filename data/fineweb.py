@@ -35,7 +35,7 @@ def file_names(train_shards: int) -> list[str]:
     """The validation shard's name and those of the first `train_shards` train shards; DataError if not 1 to 103."""
     if not 1 <= train_shards <= TRAIN_SHARDS:
         raise DataError(f"FineWeb-10B has train shards 1 to {TRAIN_SHARDS}, asked for {train_shards}; "
-                        f"run for example: python -m data.fineweb 11")
+                        f"run for example: python -m data.fineweb 5")
     return ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, train_shards + 1)]
 
 

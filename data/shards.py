@@ -29,7 +29,7 @@ MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
 TOKEN = np.dtype("<u2")
 SCAN = 1 << 22  # tokens looked at in one go when a shard is checked or indexed: 8 MB stays in cache
-HINT = "python -m data.fineweb 11"
+HINT = "python -m data.fineweb 5"
 
 
 class DataError(ValueError):

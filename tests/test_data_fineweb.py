@@ -141,7 +141,7 @@ def test_other_data_in_the_folder_is_not_mixed(hub, folder):
 @pytest.mark.parametrize("count", [0, -1, 104])
 def test_shard_numbers(hub, folder, count):
     for call in (fineweb.ensure, fineweb.download):
-        with pytest.raises(DataError, match=f"1 to 103, asked for {count}.*python -m data.fineweb 11"):
+        with pytest.raises(DataError, match=f"1 to 103, asked for {count}.*python -m data.fineweb 5"):
             call(folder, count)
 
 

@@ -106,7 +106,7 @@ def test_vocabulary_is_checked_beyond_the_first_piece(tmp_path, monkeypatch):
 
 
 def test_missing_files_say_the_command(tmp_path, folder):
-    with pytest.raises(DataError, match="nowhere.*python -m data.fineweb 11"):
+    with pytest.raises(DataError, match="nowhere.*python -m data.fineweb 5"):
         shard_paths(tmp_path / "nowhere", "train")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty: no val shard.*MEND"):
