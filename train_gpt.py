@@ -112,8 +112,6 @@ class Settings:
     row_normalize: bool = option(True, "NorMuon: rows of the matrices' updates have one size over time")
     momentum: float = option(0.95, "of the matrices, after --momentum-warmup steps from 0.85", least=0, most=0.9999)
     momentum_warmup: int = option(300, "steps", least=0)
-    prediction_weights: str = option("1,0.5,0.25", "of the losses of the next, second, … token at first; all but the "
-                                     "first fall to 0, the last one first, in equal parts of the run")
     embedding_lr: float = option(0.3, "Adam, for token and value embeddings", least=0)
     head_lr: float = option(0.014, "Adam, for the output head", least=0)
     scalar_lr: float = option(0.015, "Adam, for the mixing weights of blocks", least=0)
@@ -142,14 +140,10 @@ class Settings:
         if self.optimizer == "adamw" and (self.polar or self.cautious or self.row_normalize):
             raise SettingsError("--polar, --cautious and --row-normalize need an --optimizer that leaves the matrices "
                                 "to Muon, not adamw")
-        cap, weights = self.numbers("logit_cap"), self.numbers("prediction_weights")
+        cap = self.numbers("logit_cap")
         if len(cap) != 3 or not 0 < cap[0] <= MOST_SCALE or not cap[2] > 0:
             raise SettingsError(f"--logit-cap {self.logit_cap} must be three numbers A,B,C with 0 < A <= "
                                 f"{MOST_SCALE:g} (or exp underflows) and C > 0")
-        if min(weights) < 0 or weights[0] == 0 or len(weights) > self.sequence_length:
-            raise SettingsError(f"--prediction-weights {self.prediction_weights} must not be negative, the first more "
-                                f"than 0, and at most --sequence-length {self.sequence_length} in number")
-
         for setting in ("short_window", "window_start"):
             if (getattr(self, setting) or 0) > self.window:
                 raise SettingsError(f"--{setting.replace('_', '-')} {getattr(self, setting)} must be at most --window "
@@ -192,11 +186,9 @@ PRESETS = {
                  batch_schedule="1,2", lr=0.035, momentum_warmup=150),
     "local": dict(track="text-local", target=None, data="data/local", source="local", vocab_size=257, dtype="float32",
                   compile=False, sequence_length=1024, max_document=1024, val_tokens=65536, val_every=75, layers=4,
-                  heads=4, width=128, value_embeddings=2, bigram=0, key_shift=False, smear=False,
-                  attention_gates="none", value_gates=False, logit_cap="30,0,7.5", head_precision="bfloat16",
-                  window=128, short_window=None, window_start=None, prediction_weights="1", steps=450, batch_tokens=2048,
-                  batch_schedule="1", device_batch_tokens=4096, momentum_warmup=50, lr=0.03, weight_decay=0.0,
-                  row_normalize=False, head_lr=0.004, cooldown=0.5, final_lr=0.05),
+                  heads=4, width=128, value_embeddings=2, bigram=8192, head_precision="bfloat16", window=128,
+                  short_window=None, window_start=None, steps=450, batch_tokens=2048, batch_schedule="1",
+                  device_batch_tokens=4096, momentum_warmup=50, lr=0.03, head_lr=0.004),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,22 +232,11 @@ def windows_at(step: int, s: Settings) -> tuple[int, int]:
     return window // 2 if s.short_window is None else max(1, window * s.short_window // s.window), window
 
 
-def prediction_weights_at(step: int, s: Settings) -> list[float]:
-    """Weights of the losses of the next, second, … token: the last weight falls to 0 in the first of as many equal
-    parts of the run as there are weights, the one before it in the second, and so on (modded-nanogpt)."""
-    weights = s.numbers("prediction_weights")
-    now = len(weights) * step / s.steps
-    fallen = [min(1.0, max(0.0, now - (len(weights) - 1 - ahead))) for ahead in range(len(weights))]
-    return weights[:1] + [weight * (1 - f) for weight, f in zip(weights[1:], fallen[1:])]
-
-
 def stages(s: Settings) -> list[tuple[list[int], str]]:
     """Stretches of steps that do the same work, as long as they are: the steps, and which work."""
 
     def work(step: int) -> str:
-        targets = sum(weight > 0 for weight in prediction_weights_at(step, s))
-        return (f"{batch_at(step, s)} tokens, windows {' and '.join(map(str, windows_at(step, s)))}, {targets} target"
-                + "s" * (targets > 1))
+        return f"{batch_at(step, s)} tokens, windows {' and '.join(map(str, windows_at(step, s)))}"
 
     return [(list(steps), same) for same, steps in itertools.groupby(range(s.steps), work)]
 
@@ -455,7 +436,6 @@ class GPT(nn.Module):
         padded = -(-s.vocab_size // 128) * 128
         self.dtype, self.cap, self.compiled = getattr(torch, s.dtype), tuple(s.numbers("logit_cap")), False
         self.precision = s.head_precision
-        self.predicted = len(s.numbers("prediction_weights"))
         rotary = Rotary(s.width // s.heads, s.sequence_length)
         self.tokens = nn.Embedding(padded, s.width)
         self.values = nn.ModuleList(nn.Embedding(padded, s.width) for _ in range(s.value_embeddings))
@@ -472,12 +452,11 @@ class GPT(nn.Module):
         self.smear, self.smear_gate = (nn.Parameter(torch.zeros(1)), Gate(s.width, 1)) if s.smear else (None, None)
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, windows: tuple[int, int],
-                weights: Tensor) -> Tensor:
-        """Cross entropy, nats per token: mean over tokens, sum of weights (K,) times that of the next K tokens.
+                factor: Tensor) -> Tensor:
+        """Mean cross entropy, nats per token, times factor (1,).
 
         tokens, targets (sequences, length) int64; cu_seqlens (documents + 1,) int32: where documents begin in their
-        flattened stream, and the end; windows: of most blocks and of the wide ones. The last tokens of a sequence have
-        fewer targets.
+        flattened stream, and the end; windows: of most blocks and of the wide ones.
         """
         documents = fused.bounds(cu_seqlens, tokens.numel())
         x0, values = self.embed(tokens.flatten(), documents)
@@ -487,8 +466,7 @@ class GPT(nn.Module):
             value = values[self.value_of[i]] if i in self.value_of else None
             x = block(x, x0, skip, value, documents, windows[i in self.wide])
             streams.append(x)
-        ahead = [F.pad(targets[:, k:], (0, k), value=-1).flatten() for k in range(len(weights))]
-        return self.loss(x, torch.stack(ahead, dim=1), weights)
+        return self.loss(x, targets.view(-1, 1), factor)
 
     def embed(self, tokens: Tensor, documents: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The stream before the first block, and embeddings for the values."""
@@ -517,9 +495,9 @@ class GPT(nn.Module):
             x = x + self.smear.to(x.dtype) * self.smear_gate(x) * before
         return norm(x) if bigram is None else norm(x) + bigram
 
-    def loss(self, x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Cross entropy of softcapped logits, targets (tokens, K) of which -1 does not count, weights (K,)."""
-        return softcapped_cross_entropy(norm(x), self.head.weight, targets, weights, cap=self.cap,
+    def loss(self, x: Tensor, targets: Tensor, factor: Tensor) -> Tensor:
+        """Cross entropy of softcapped logits, targets (tokens, 1)."""
+        return softcapped_cross_entropy(norm(x), self.head.weight, targets, factor, cap=self.cap,
                                         precision=self.precision)
 
     def compile_parts(self) -> None:
@@ -638,42 +616,43 @@ class Passes:
         self.replays = Replays(self._work, self._zero) if graphs else None
         self.grads = [torch.zeros_like(p) for p in model.parameters()] if graphs else []  # where the graphs add to
 
-    def loss(self, batch: Batch, windows: tuple[int, int], weights: Tensor) -> Tensor:
-        """As GPT.forward; it lasts until the next pass."""
-        return self._run(batch, windows, weights, gradients=False)
+    def loss(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
+        """() float32 nats per token; it lasts until the next pass."""
+        return self._run(batch, windows, 1.0, gradients=False)
 
-    def add_gradients(self, batch: Batch, windows: tuple[int, int], weights: Tensor) -> None:
-        """Those of the loss are added to the parameters' .grad; where that is None, they become it."""
+    def add_gradients(self, batch: Batch, windows: tuple[int, int], factor: float) -> None:
+        """Those of the loss times factor are added to the parameters' .grad; where that is None, they become it."""
         if self.replays and self.model.head.weight.grad is None:
             self._zero()
             for p, grad in zip(self.model.parameters(), self.grads):
                 p.grad = grad
-        self._run(batch, windows, weights, gradients=True)
+        self._run(batch, windows, factor, gradients=True)
 
     def _zero(self) -> None:
         torch._foreach_zero_(self.grads)
 
-    def _run(self, batch: Batch, windows: tuple[int, int], weights: Tensor, gradients: bool) -> Tensor:
+    def _run(self, batch: Batch, windows: tuple[int, int], factor: float, gradients: bool) -> Tensor:
         batch, tokens, edges = batch.to(self.device), batch.tokens.numel(), batch.cu_seqlens.numel()
+        factor = torch.full((1,), factor, device=self.device)
         if self.replays is None:
-            return self._work((windows, gradients), batch.tokens, batch.targets, batch.cu_seqlens, weights)
+            return self._work((windows, gradients), batch.tokens, batch.targets, batch.cu_seqlens, factor)
         cu_seqlens = F.pad(batch.cu_seqlens, (0, tokens + 1 - edges), value=tokens)  # a graph's inputs have one shape
-        return self.replays((windows, gradients), batch.tokens, batch.targets, cu_seqlens, weights)
+        return self.replays((windows, gradients), batch.tokens, batch.targets, cu_seqlens, factor)
 
     def _work(self, key: tuple[tuple[int, int], bool], *inputs: Tensor) -> Tensor:
-        (windows, gradients), (tokens, targets, cu_seqlens, weights) = key, inputs
+        (windows, gradients), (tokens, targets, cu_seqlens, factor) = key, inputs
         # torch.compile has graphs with gradients, and would compile everything once more without
         with torch.set_grad_enabled(gradients or self.model.compiled):
-            loss = self.model(tokens, targets, cu_seqlens, windows, weights)
+            loss = self.model(tokens, targets, cu_seqlens, windows, factor)
         if gradients:
             loss.backward()
         return loss.detach()
 
 
-def train_step(passes: Passes, optimizer, batches, count: int, windows: tuple[int, int], weights: Tensor) -> None:
+def train_step(passes: Passes, optimizer, batches, count: int, windows: tuple[int, int]) -> None:
     with part("forward and backward"):
         for _ in range(count):
-            passes.add_gradients(next(batches), windows, weights / count)
+            passes.add_gradients(next(batches), windows, 1 / count)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -698,18 +677,16 @@ def profile_stages(s: Settings, passes: Passes, optimizer, loader: TrainLoader, 
         count = sequences // world_size // at_once
         batches = [loader.batch(first, sequences, part, count) for part in range(count)]
         again = itertools.cycle([batch.pin() for batch in batches] if device.type == "cuda" else batches)
-        weights = torch.tensor(prediction_weights_at(steps[0], s), device=device)
         yield dict(first_step=steps[0], steps=len(steps), work=work) | profile_step(
-            lambda: train_step(passes, optimizer, again, count, windows, weights),
+            lambda: train_step(passes, optimizer, again, count, windows),
             step_flops(passes.model, batches, windows), count=PROFILED, device=device)
 
 
 def validate(passes: Passes, batches, windows: tuple[int, int], world_size: int) -> float:
     """Mean loss over the validation tokens of all ranks."""
     total = torch.zeros((), dtype=torch.float64, device=passes.device)
-    weights = torch.eye(passes.model.predicted, device=passes.device)[0]
     for batch in batches:
-        total += passes.loss(batch, windows, weights)
+        total += passes.loss(batch, windows)
     total /= len(batches)
     if world_size > 1:
         dist.all_reduce(total)
@@ -745,12 +722,11 @@ def warm_up(s: Settings, passes: Passes, loader: TrainLoader, validation, world_
     """Compile, load and capture everything the runs will need. They `reset` the weights that this changes."""
     optimizer, sequences = make_optimizer(s, passes.model), batch_at(0, s) // s.sequence_length
     count = sequences // world_size // s.sequences_at_once("batch_tokens", world_size)
-    weights = torch.tensor(prediction_weights_at(0, s), device=passes.device)
 
     def step_and_validate(passes: Passes, step: int) -> None:
         windows = windows_at(step, s)
         batches = (loader.batch(0, sequences, part, count) for part in range(count))
-        train_step(passes, optimizer, batches, count, windows, weights)
+        train_step(passes, optimizer, batches, count, windows)
         validate(passes, validation[:1], windows, world_size)
 
     for step in (0, s.steps):  # a second size of the windows makes it symbolic in what torch.compile makes
@@ -776,7 +752,6 @@ def one_run(s: Settings, seed: int, passes: Passes, loader: TrainLoader, validat
     probes: dict[str, dict] = {}
     batches = loader.prefetch(requests(s, world_size), pin=device.type == "cuda")
     pass_tokens = s.sequences_at_once("batch_tokens", world_size) * s.sequence_length * world_size
-    weights = [torch.tensor(prediction_weights_at(step, s), device=device) for step in range(s.steps)]
     clock = Clock(device)
     clock.start()
     for step in range(s.steps + 1):
@@ -794,7 +769,7 @@ def one_run(s: Settings, seed: int, passes: Passes, loader: TrainLoader, validat
         if step == s.steps:
             break
         set_schedule(optimizer, step, s)
-        train_step(passes, optimizer, batches, batch_at(step, s) // pass_tokens, windows, weights[step])
+        train_step(passes, optimizer, batches, batch_at(step, s) // pass_tokens, windows)
         record.progress(step + 1, clock.running())
 
     extra = {"optimizer": s.optimizer} | {"amo": budget.commitment for budget in budgets(optimizer)} | facts

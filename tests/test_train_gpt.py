@@ -23,7 +23,7 @@ from records.log import Record, parse_log, unpack_source
 from records.settings import SettingsError
 from records.verify import inspect
 from train_gpt import (GPT, PRESETS, Passes, Settings, attention, blockwise_attention, lr_scale, momentum_at,
-                       prediction_weights_at, windows_at)
+                       windows_at)
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -31,7 +31,9 @@ VOCABULARY = 257  # bytes and the document token
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = dict(preset="local", source="none", device="cpu", layers=2, heads=2, width=32, value_embeddings=1,
             sequence_length=128, max_document=64, batch_tokens=1024, device_batch_tokens=1024, val_tokens=1024,
-            val_every=2, steps=20, window=64, momentum_warmup=10)
+            val_every=2, steps=20, window=64, momentum_warmup=10, bigram=0, key_shift=False, smear=False,
+            attention_gates="none", value_gates=False, row_normalize=False, logit_cap="30,0,7.5", weight_decay=0.0,
+            cooldown=0.5, final_lr=0.05)  # the parts have tests of their own
 COMMUNITY_LINE = re.compile(r"step:(\d+)/(\d+) val_loss:([\d.]+) train_time:(\d+)ms step_avg:([\d.]+)ms")
 
 
@@ -139,14 +141,14 @@ def test_validation_comes_at_the_start_every_val_every_steps_and_at_the_end(data
 
 
 def test_a_profile_goes_into_the_record_which_verifies_and_changes_no_loss(data, tmp_path, monkeypatch):
-    changes = dict(steps=2, name="profiled", prediction_weights="1,0.5", batch_schedule="1,2")
+    changes = dict(steps=2, name="profiled", batch_schedule="1,2")
     monkeypatch.setattr("sys.argv", ["train_gpt.py", *arguments(data, tmp_path, profile=True, **changes)])
     seen, train_step = [], train_gpt.train_step
 
-    def watched(passes, optimizer, batches, count, windows, weights):
+    def watched(passes, optimizer, batches, count, windows):
         batches = list(itertools.islice(batches, count))
-        seen.append((windows, weights.tolist(), [batch.tokens.tolist() for batch in batches]))
-        train_step(passes, optimizer, iter(batches), count, windows, weights)
+        seen.append((windows, [batch.tokens.tolist() for batch in batches]))
+        train_step(passes, optimizer, iter(batches), count, windows)
 
     monkeypatch.setattr(train_gpt, "train_step", watched)
     record = train(data, tmp_path, profile=True, draw=True, **changes)
@@ -163,7 +165,7 @@ def test_a_profile_goes_into_the_record_which_verifies_and_changes_no_loss(data,
     assert losses(record) == losses(train(data, tmp_path / "plain", **changes))
     log = (record["folder"] / "log.txt").read_text()
     assert "muon: orthogonalise" in log and profile["costs"] in log
-    assert "512 tokens, windows 16 and 32, 2 targets" in log and "1024 tokens, windows 32 and 64, 1 target" in log
+    assert "512 tokens, windows 16 and 32" in log and "1024 tokens, windows 32 and 64" in log
     assert (record["folder"] / "profile.png").read_bytes().startswith(b"\x89PNG")
     [report] = inspect(record["folder"])
     assert report.problems == [] and report.notes == []
@@ -237,7 +239,7 @@ def test_reset_puts_everything_back_to_the_bit_after_warm_up(data, monkeypatch):
 
     monkeypatch.setattr(train_gpt, "validate", spy)
     train_gpt.warm_up(s, passes, loader, validation, 1)
-    passes.add_gradients(loader.batch(0, 8, 0, 1), (16, 32), torch.ones(1))
+    passes.add_gradients(loader.batch(0, 8, 0, 1), (16, 32), 1.0)
     assert any(p.grad is not None for p in model.parameters())
     places = [p.data_ptr() for p in (*model.parameters(), *model.buffers())]
     train_gpt.reset(model, s, 3)
@@ -333,34 +335,17 @@ def test_the_window_grows_in_eighths_to_the_whole(steps):
     assert {windows_at(step, s) for step in range(steps)} == {(1, 2)}
 
 
-def test_the_weights_of_later_tokens_fall_to_zero_one_after_the_other():
-    s = Settings(steps=300, prediction_weights="1,0.5,0.25")
-    at = {step: prediction_weights_at(step, s) for step in (0, 50, 100, 150, 200, 299)}
-    assert at == {0: [1, 0.5, 0.25], 50: [1, 0.5, 0.125], 100: [1, 0.5, 0], 150: [1, 0.25, 0], 200: [1, 0, 0],
-                  299: [1, 0, 0]}
-    assert {weight for step in range(5) for weight in prediction_weights_at(step, Settings(
-        steps=5, prediction_weights="1"))} == {1}
-
-
 def test_stages_are_stretches_of_steps_of_the_same_work():
-    s = Settings(steps=64, window=1792, short_window=None, window_start=None, batch_tokens=131072, batch_schedule="1,2",
-                 prediction_weights="1,0.5")
+    s = Settings(steps=64, window=1792, short_window=None, window_start=None, batch_tokens=131072, batch_schedule="1,2")
     found = train_gpt.stages(s)
     assert [(steps[0], work) for steps, work in found] == [
-        (0, "65536 tokens, windows 112 and 224, 2 targets"), (8, "65536 tokens, windows 224 and 448, 2 targets"),
-        (16, "65536 tokens, windows 336 and 672, 2 targets"), (24, "65536 tokens, windows 448 and 896, 2 targets"),
-        (32, "131072 tokens, windows 560 and 1120, 1 target"), (40, "131072 tokens, windows 672 and 1344, 1 target"),
-        (48, "131072 tokens, windows 784 and 1568, 1 target"), (56, "131072 tokens, windows 896 and 1792, 1 target")]
+        (0, "65536 tokens, windows 112 and 224"), (8, "65536 tokens, windows 224 and 448"),
+        (16, "65536 tokens, windows 336 and 672"), (24, "65536 tokens, windows 448 and 896"),
+        (32, "131072 tokens, windows 560 and 1120"), (40, "131072 tokens, windows 672 and 1344"),
+        (48, "131072 tokens, windows 784 and 1568"), (56, "131072 tokens, windows 896 and 1792")]
     assert [step for steps, _ in found for step in steps] == list(range(64))
-    s = Settings(steps=5, window=2, short_window=1, window_start=2, batch_schedule="1", prediction_weights="1")
+    s = Settings(steps=5, window=2, short_window=1, window_start=2, batch_schedule="1")
     assert [steps for steps, _ in train_gpt.stages(s)] == [[0, 1, 2, 3, 4]]
-
-
-def test_predicting_three_tokens_trains_on_them_and_validates_on_one(finished, data, tmp_path):
-    record = train(data, tmp_path, prediction_weights="1,0.5,0.25")
-    assert losses(record)[0] == pytest.approx(losses(finished)[0], rel=1e-6)
-    assert abs(losses(record)[1] - losses(finished)[1]) > 1e-4
-    assert losses(record)[-1] < 4.5
 
 
 def test_windows_have_a_first_value_and_a_short_one():
@@ -404,8 +389,6 @@ def test_processes_that_do_not_divide_the_batch_are_refused():
     (dict(polar="turbo-5", optimizer="adamw"), "--polar, --cautious"),
     (dict(logit_cap="15"), "--logit-cap 15 must be three numbers A,B,C"),
     (dict(logit_cap="141,0,1"), "--logit-cap 141,0,1"), (dict(logit_cap="30,0,0"), "--logit-cap 30,0,0"),
-    (dict(prediction_weights="1,-1"), "--prediction-weights 1,-1 must not be negative"),
-    (dict(prediction_weights="0,1"), "--prediction-weights 0,1"),
     (dict(short_window=1665), "--short-window 1665 must be at most --window 1664"),
     (dict(window_start=3000), "--window-start 3000 must be at most --window 1664"),
     (dict(batch_schedule="1,half"), "--batch-schedule '1,half' expects numbers with commas between, such as 1,2,3"),
@@ -491,18 +474,16 @@ def same_by_graphs(plain: Passes, graphs: Passes, optimizers, **tolerance) -> No
     for edges in ([0, 50, 128, 256], [0, 128, 200, 256], [0, 64, 128, 130, 132, 256], [0, 128, 256]):
         tokens, targets = torch.randint(0, VOCABULARY, (2, 2, 128), generator=generator)
         batches.append(Batch(tokens, targets, torch.tensor(edges, dtype=torch.int32)))
-    weights = torch.tensor([1.0, 0.5], device=plain.device)
     for window, count in ((32, 1), (32, 2), (64, 1), (32, 2)):
         for passes, optimizer in zip((plain, graphs), optimizers):
-            train_gpt.train_step(passes, optimizer, iter(batches[1:]), count, (16, window), weights)
+            train_gpt.train_step(passes, optimizer, iter(batches[1:]), count, (16, window))
         losses = [train_gpt.validate(passes, batches[:2], (16, window), 1) for passes in (plain, graphs)]
         assert losses[0] == pytest.approx(losses[1], rel=tolerance["rtol"])
         for a, b in zip(plain.model.parameters(), graphs.model.parameters()):
             torch.testing.assert_close(a, b, **tolerance)
 
 
-PARTS = dict(layers=4, bigram=500, key_shift=True, smear=True, value_gates=True, attention_gates="wide",
-             prediction_weights="1,0.5")
+PARTS = dict(layers=4, bigram=500, key_shift=True, smear=True, value_gates=True, attention_gates="wide")
 
 
 def test_gradients_by_graphs_are_those_without(monkeypatch):
@@ -515,7 +496,7 @@ def test_gradients_by_graphs_are_those_without(monkeypatch):
     same_by_graphs(Passes(plain, CPU), graphs, optimizers, rtol=1e-6, atol=1e-7)
     assert set(graphs.replays.keys) == {((16, window), flag) for window in (32, 64) for flag in (False, True)}
     zeros = torch.zeros(2, 128, dtype=torch.int64)
-    graphs.add_gradients(Batch(zeros, zeros, torch.tensor([0, 256])), (16, 32), torch.ones(2))
+    graphs.add_gradients(Batch(zeros, zeros, torch.tensor([0, 256])), (16, 32), 1.0)
     assert [p.grad.data_ptr() for p in other.parameters()] == places
 
 
@@ -568,23 +549,17 @@ def test_the_loss_is_cross_entropy_of_softcapped_logits(scale):
         assert (found - wanted).norm() <= 2e-4 * wanted.norm()  # where a logit is saturated float32 keeps few digits
 
 
-def test_the_loss_weighs_the_next_tokens_and_caps_logits_off_centre():
+def test_logits_are_capped_off_centre_and_the_loss_has_a_factor():
     s, model = model_of(logit_cap="23,5,7.5")
     randomised(model)
     streams, loss = [], model.loss
     model.loss = lambda x, *rest: (streams.append(x), loss(x, *rest))[1]
     tokens, targets = torch.randint(0, VOCABULARY, (2, 2, 128), generator=torch.Generator().manual_seed(1))
     bounds = torch.tensor([0, 128, 256], dtype=torch.int32)
-    found = model(tokens, targets, bounds, (32, 64), torch.tensor([1.0, 0.5, 0.25])).item()
+    found = model(tokens, targets, bounds, (32, 64), torch.tensor([0.25])).item()
     logits = F.rms_norm(streams[0].double(), (32,)) @ model.head.weight.double().T
-    logits = (23 * torch.sigmoid((logits + 5) / 7.5)).view(2, 128, -1)
-    expected = 0
-    for k, weight in enumerate((1, 0.5, 0.25)):
-        left = logits[:, :128 - k].flatten(0, 1), targets[:, k:].flatten()
-        expected += weight * F.cross_entropy(*left, reduction="sum") / 256
+    expected = 0.25 * F.cross_entropy(23 * torch.sigmoid((logits + 5) / 7.5), targets.flatten())
     assert found == pytest.approx(expected.item(), rel=1e-6)
-    plain = model(tokens, targets, bounds, (32, 64), torch.ones(1)).item()
-    assert plain == pytest.approx(F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item(), rel=1e-6)
 
 
 def pair_row(before: int, token: int, rows: int) -> int:
@@ -690,8 +665,8 @@ def test_smear_adds_the_embedding_before_within_the_document():
 
 
 def test_a_run_with_all_parts_learns(data, tmp_path):
-    assert losses(train(data, tmp_path, layers=4, bigram=1000, key_shift=True, prediction_weights="1,0.5",
-                        row_normalize=True, **GATES))[-1] < 4.5
+    assert losses(train(data, tmp_path, layers=4, bigram=1000, key_shift=True, row_normalize=True,
+                        **GATES))[-1] < 4.5
 
 
 @pytest.mark.parametrize("parts", [{}, GATES | dict(bigram=500, key_shift=True)])
