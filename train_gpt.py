@@ -188,7 +188,7 @@ PRESETS = {
                   compile=False, sequence_length=1024, max_document=1024, val_tokens=65536, val_every=75, layers=4,
                   heads=4, width=128, value_embeddings=2, bigram=8192, head_precision="bfloat16", window=128,
                   short_window=None, window_start=None, steps=450, batch_tokens=2048, batch_schedule="1",
-                  device_batch_tokens=4096, momentum_warmup=50, lr=0.03, head_lr=0.004),
+                  device_batch_tokens=4096, momentum_warmup=50, lr=0.022),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
