@@ -5,7 +5,7 @@ At the end: it compiles for Hopper, with its products in wgmma and its tiles mov
 
 import pytest
 import torch
-from hopper import printed_by
+from hopper import assert_products_are_hopper_s, printed_by
 
 from kernels import relu_squared as module
 from kernels.relu_squared import CUTS, DTYPES, Cut, relu_squared_mlp, relu_squared_mlp_eager
@@ -124,9 +124,8 @@ def test_more_than_two_to_the_31_numbers():
 
 
 PROGRAM = """
-import json, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import json
+from tests.hopper import built
 from kernels import relu_squared
 from kernels.relu_squared import _relu_squared_kernel as kernel
 
@@ -138,11 +137,7 @@ def build(name, cut):
     kinds = {name: f"tensordesc<bf16{box}>" for name, box in
              dict(a=[cut.rows, cut.depth], b=b, y=[cut.rows, piece], out=[cut.rows, piece]).items()}
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
-    compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32),
-                              options=dict(num_warps=cut.warps, num_stages=cut.stages))
-    ptx = compiled.asm["ptx"]
-    return dict(shared=compiled.metadata.shared, wgmma=ptx.count("wgmma.mma_async"), other=ptx.count("mma.sync"),
-                copies=ptx.count("cp.async.bulk.tensor"))
+    return built(kernel, signature, constants, num_warps=cut.warps, num_stages=cut.stages)
 
 print(json.dumps([build(name, cut) for name, cut in relu_squared.CUTS.items()]))
 """
@@ -152,4 +147,4 @@ def test_the_kernel_compiles_for_hopper():
     found = printed_by(PROGRAM)
     assert len(found) == len(CUTS)
     for each in found:
-        assert each["shared"] <= 232448 and each["wgmma"] > 0 and each["other"] == 0 and each["copies"] > 0
+        assert_products_are_hopper_s(each)
