@@ -793,7 +793,7 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
     gpu = None if device.type == "cpu" else "0" if world_size == 1 else "all"
     series = Series(s.records, track=s.track, name=s.name, target=s.target, runs=s.runs, first_seed=s.seed,
                     script=Path(__file__), repository=REPOSITORY, gpu=gpu, processes=world_size, enabled=rank == 0)
-    model, passes, hashes, facts, results = None, None, {}, {}, []
+    passes, hashes, facts, results = None, {}, {}, []
     for planned in series.schedule:
         with series.run(planned) as (root, name):
             record = Record(root, track=s.track, name=name, target=s.target, steps=s.steps, seed=planned["seed"],
@@ -807,16 +807,15 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
                     files = loader.files_used + shards.shard_paths(s.data, "val")
                     hashes |= {path: shards.sha256(path) for path in files if path not in hashes}
                     record.data({path.name: hashes[path] for path in files})
-                first = model is None
+                first = passes is None
                 if first:
-                    model = new_model(s, planned["seed"], device)
-                    passes = Passes(model, device, s.graphs and device.type == "cuda")
-                record.line(route_table(route(model)))
+                    passes = Passes(new_model(s, planned["seed"], device), device, s.graphs and device.type == "cuda")
+                record.line(route_table(route(passes.model)))
                 record.line(f"seed {planned['seed']}, {in_passes(s, device, world_size)}")
                 if first:
                     began = time.perf_counter()
                     if s.compile:
-                        model.compile_parts()
+                        passes.model.compile_parts()
                     warm_up(s, passes, loader, validation, world_size)
                     record.line(f"compiled and warmed up in {time.perf_counter() - began:.1f} s")
                     if s.source == "local" and rank == 0:
