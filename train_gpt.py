@@ -451,9 +451,8 @@ class GPT(nn.Module):
         self.bigram = nn.Embedding.from_pretrained(torch.zeros(s.bigram, s.width), freeze=False) if s.bigram else None
         self.smear, self.smear_gate = (nn.Parameter(torch.zeros(1)), Gate(s.width, 1)) if s.smear else (None, None)
 
-    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, windows: tuple[int, int],
-                factor: Tensor) -> Tensor:
-        """Mean cross entropy, nats per token, times factor (1,).
+    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, windows: tuple[int, int]) -> Tensor:
+        """Mean cross entropy, () float32, nats per token.
 
         tokens, targets (sequences, length) int64; cu_seqlens (documents + 1,) int32: where documents begin in their
         flattened stream, and the end; windows: of most blocks and of the wide ones.
@@ -466,7 +465,7 @@ class GPT(nn.Module):
             value = values[self.value_of[i]] if i in self.value_of else None
             x = block(x, x0, skip, value, documents, windows[i in self.wide])
             streams.append(x)
-        return self.loss(x, targets.view(-1, 1), factor)
+        return self.loss(x, targets.flatten())
 
     def embed(self, tokens: Tensor, documents: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The stream before the first block, and embeddings for the values."""
@@ -495,10 +494,9 @@ class GPT(nn.Module):
             x = x + self.smear.to(x.dtype) * self.smear_gate(x) * before
         return norm(x) if bigram is None else norm(x) + bigram
 
-    def loss(self, x: Tensor, targets: Tensor, factor: Tensor) -> Tensor:
-        """Cross entropy of softcapped logits, targets (tokens, 1)."""
-        return softcapped_cross_entropy(norm(x), self.head.weight, targets, factor, cap=self.cap,
-                                        precision=self.precision)
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy of softcapped logits, targets (tokens,)."""
+        return softcapped_cross_entropy(norm(x), self.head.weight, targets, cap=self.cap, precision=self.precision)
 
     def compile_parts(self) -> None:
         """torch.compile by parts: blocks of one kind share a graph, so compiling takes seconds and not minutes."""
@@ -633,7 +631,7 @@ class Passes:
 
     def _run(self, batch: Batch, windows: tuple[int, int], factor: float, gradients: bool) -> Tensor:
         batch, tokens, edges = batch.to(self.device), batch.tokens.numel(), batch.cu_seqlens.numel()
-        factor = torch.full((1,), factor, device=self.device)
+        factor = torch.full((), factor, device=self.device)
         if self.replays is None:
             return self._work((windows, gradients), batch.tokens, batch.targets, batch.cu_seqlens, factor)
         cu_seqlens = F.pad(batch.cu_seqlens, (0, tokens + 1 - edges), value=tokens)  # a graph's inputs have one shape
@@ -643,9 +641,9 @@ class Passes:
         (windows, gradients), (tokens, targets, cu_seqlens, factor) = key, inputs
         # torch.compile has graphs with gradients, and would compile everything once more without
         with torch.set_grad_enabled(gradients or self.model.compiled):
-            loss = self.model(tokens, targets, cu_seqlens, windows, factor)
+            loss = self.model(tokens, targets, cu_seqlens, windows)
         if gradients:
-            loss.backward()
+            loss.backward(factor)
         return loss.detach()
 
 

@@ -11,7 +11,6 @@ or on whether the run was resumed. Every sequence starts at a document (the idea
 from __future__ import annotations
 
 import hashlib
-import os
 import queue
 import threading
 from bisect import bisect_right

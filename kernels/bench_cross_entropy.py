@@ -1,12 +1,12 @@
 """How fast and how exact kernels/cross_entropy.py is beside the same formula under torch.compile.
 
     python -m kernels.bench_cross_entropy                          65536 tokens, vocabulary 50304, width 768
-    python -m kernels.bench_cross_entropy --tokens 32768 --targets 3 --rows 16384
+    python -m kernels.bench_cross_entropy --tokens 32768 --rows 16384
 
-"compiled" is the eager twin under torch.compile: for one target what train_gpt.py's GPT.loss computes. Times, by CUDA
-events, are of forward and backward together, and of forward alone without gradients (validation), with all casts of
-weights; the profiler tells products from other kernels. Errors are relative norms against float32 on the first --check
-tokens. Memory is what a call allocates beyond its arguments, at its peak.
+"compiled" is the eager twin under torch.compile: what train_gpt.py's GPT.loss computes. Times, by CUDA events, are of
+forward and backward together, and of forward alone without gradients (validation), with all casts of weights; the
+profiler tells products from other kernels. Errors are relative norms against float32 on the first --check tokens.
+Memory is what a call allocates beyond its arguments, at its peak.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "splitk")  # in the names of cuB
 
 
 def contenders() -> dict:
-    """Name -> (function of x, weight, targets, weights; FAST_TANH)."""
+    """Name -> (function of x, weight, targets; FAST_TANH)."""
     compiled = torch.compile(softcapped_cross_entropy_eager, dynamic=False)
 
     def fused(precision):
@@ -37,18 +37,18 @@ def contenders() -> dict:
             "fp8": (fused("fp8"), True), "fp8, exact tanh": (fused("fp8"), False)}
 
 
-def tensors(tokens: int, vocabulary: int, width: int, choices: int) -> list:
-    """x of unit mean square, weight that gives logits a deviation of 3, targets, weights halving with distance."""
+def tensors(tokens: int, vocabulary: int, width: int) -> list:
+    """x of unit mean square, weight that gives logits a deviation of 3, and targets."""
     generator = torch.Generator("cuda").manual_seed(0)
     x = F.rms_norm(torch.randn(tokens, width, generator=generator, device="cuda"), (width,)).bfloat16()
     weight = torch.randn(vocabulary, width, generator=generator, device="cuda") * 3 / width**0.5
-    targets = torch.randint(vocabulary, (tokens, choices), generator=generator, device="cuda")
-    return [x.requires_grad_(), weight.requires_grad_(), targets, 0.5 ** torch.arange(choices, device="cuda")]
+    targets = torch.randint(vocabulary, (tokens,), generator=generator, device="cuda")
+    return [x.requires_grad_(), weight.requires_grad_(), targets]
 
 
-def gradients(function, x, weight, *rest) -> list:
+def gradients(function, x, weight, targets) -> list:
     """[loss, dx, dW]"""
-    loss = function(x, weight, *rest)
+    loss = function(x, weight, targets)
     return [loss.detach(), *torch.autograd.grad(loss, (x, weight))]
 
 
@@ -67,18 +67,18 @@ def split_ms(call) -> tuple[float, float]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench_cross_entropy", description=__doc__.split("\n")[0])
     for name, value, text in (("tokens", 65536, "a pass"), ("vocabulary", 50304, "tokens known"),
-                              ("width", 768, "of x"), ("targets", 1, "a token"), ("check", 2048, "tokens for errors"),
+                              ("width", 768, "of x"), ("check", 2048, "tokens for errors"),
                               ("rows", cross_entropy.ROWS, "tokens whose logits exist at a time"),
                               ("samples", 10, "of every time; their median counts")):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default {value})")
     options = parser.parse_args(arguments)
     need_gpu(parser)
     cross_entropy.ROWS = options.rows
-    given = tensors(options.tokens, options.vocabulary, options.width, options.targets)
-    few = [given[0].detach()[: options.check].clone().requires_grad_(), given[1], given[2][: options.check], given[3]]
+    given = tensors(options.tokens, options.vocabulary, options.width)
+    few = [given[0].detach()[: options.check].clone().requires_grad_(), given[1], given[2][: options.check]]
     truth = gradients(lambda x, *rest: softcapped_cross_entropy_eager(x.float(), *rest, CAP), *few)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {options.tokens} tokens × {options.vocabulary}, "
-          f"width {options.width}, {options.targets} targets, {options.rows} rows at a time")
+          f"width {options.width}, {options.rows} rows at a time")
     print(f"{'':22}{'ms':>8}{'products':>10}{'others':>8}{'validation':>12}{'GB':>7}{'loss':>10}{'dx':>10}{'dW':>10}"
           f"{'cos dx':>9}{'cos dW':>9}")
     for name, (function, cross_entropy.FAST_TANH) in contenders().items():

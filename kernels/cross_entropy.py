@@ -1,16 +1,15 @@
-"""Output head and loss: cross entropy of softcapped logits against one or more targets a token, without float32 logits.
+"""Output head and loss: cross entropy of softcapped logits, without float32 logits.
 
     l = x Wᵀ                     (tokens, vocabulary), kept in the dtype of x
     z = A · sigmoid((l + B) / C) = A/2 · (1 + τ),   τ = tanh((l + B) / 2C)
-    loss = 1/T · Σ_t Σ_k w_k (log Σ_j exp z_tj − z_t,y(t,k)),              T tokens; over the targets y(t, k) ≥ 0
-    ∂loss/∂l_j = 1/T · A/4C · (1 − τ_j²) · (s p_j − Σ_k w_k [y_k = j]),    p = softmax z,  s = Σ_k w_k
+    loss = 1/T · Σ_t (log Σ_j exp z_tj − z_t,y(t)),                T tokens; over the targets y(t) ≥ 0
+    ∂loss/∂l_j = 1/T · A/4C · (1 − τ_j²) · (p_j − [y = j]),        p = softmax z;  0 where y < 0
 
-A softcap of a · tanh(l / a) is A = 2a, B = 0, C = a/2 less the constant a, which cancels. (A, B, C) = (23, 5, 7.5) and
-several targets a token, each further ahead than the one before, are modded-nanogpt's. As z lies in [0, A], exp(z − A)
-needs no pass for the maximum. Gradients are computed together with the loss, as in Liger Kernel, for `ROWS` tokens at a
-time: logits live for that long, and what is kept for backward is dx and dW, which backward multiplies by the incoming
-slope. A row's gradient overwrites its logits in the launch that sums its exponentials: the second read of the row, 100
-KB in a vocabulary of 50304, is meant to come from the L2 cache.
+A softcap of a · tanh(l / a) is A = 2a, B = 0, C = a/2 less the constant a, which cancels. (A, B, C) = (23, 5, 7.5) is
+modded-nanogpt's. As z lies in [0, A], exp(z − A) needs no pass for the maximum. Gradients are computed together with
+the loss, as in Liger Kernel, for `ROWS` tokens at a time: logits live for that long, and what is kept for backward is
+dx and dW, which backward multiplies by the incoming slope. A row's gradient overwrites its logits in the launch that
+sums its exponentials: the second read of the row, 100 KB in a vocabulary of 50304, is meant to come from the L2 cache.
 
 With N = T · vocabulary, products take 6 N · width FLOPs on every route, and bytes by count are
                      products   other kernels                              others at T = 65536, vocabulary 50304
@@ -23,9 +22,9 @@ Measured there, width 768, forward and backward (records/studies/cross-entropy):
 fp8 18.9.
 
 fp8 takes x and W in e4m3, each with one scale, and ∂loss/∂l in e5m2, whose scale is known beforehand: its largest
-possible value is Σ|w_k| · A/4C / T, which becomes GRADIENT_MOST; the smallest normal e5m2 is then a p of 2e-9. The two
-products of it sum over different dimensions, so it is written both ways; row sums and gradients are two launches then,
-as transposed stores need tiles.
+possible value is A/4C / T, which becomes GRADIENT_MOST; the smallest normal e5m2 is then a p of 2e-9. The two products
+of it sum over different dimensions, so it is written both ways; row sums and gradients are two launches then, as
+transposed stores need tiles.
 
 Eager twin: softcapped_cross_entropy_eager.
 """
@@ -53,13 +52,13 @@ _TILE_ROWS, _TILE_COLUMNS, _TILE_WARPS = 32, 256, 8  # of fp8 slopes: records/st
 Cap = tuple[float, float, float]
 
 
-def softcapped_cross_entropy_eager(x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, cap: Cap) -> Tensor:
+def softcapped_cross_entropy_eager(x: Tensor, weight: Tensor, targets: Tensor, cap: Cap) -> Tensor:
     """As softcapped_cross_entropy, in plain torch: several copies of float32 logits (float64 of float64 input)."""
     scale, shift, width = cap
     logits = F.linear(x, weight.to(x.dtype))
     z = scale * torch.sigmoid((logits.to(torch.promote_types(x.dtype, torch.float32)) + shift) / width) - scale
-    each = z.exp().sum(-1, keepdim=True).log() - z.gather(1, targets.clamp(min=0))
-    return (each * (targets >= 0) * weights).sum() / x.size(0)
+    each = z.exp().sum(-1).log() - z.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return (each * (targets >= 0)).sum() / x.size(0)
 
 
 @triton.jit
@@ -80,20 +79,18 @@ def _float32(x):
 
 
 @triton.jit
-def _rows_kernel(logits, targets, weights, losses, lses, V, slope, offset, bits, half, gain, K: tl.constexpr,
-                 LANES: tl.constexpr, IN_PLACE: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr):
-    """Loss and log₂ Σ exp(z − A) of a row; IN_PLACE: gain · its slopes over its logits. Programs (rows), LANES ≥ K.
+def _rows_kernel(logits, targets, losses, lses, V, slope, offset, bits, half, gain, IN_PLACE: tl.constexpr,
+                 FAST: tl.constexpr, BLOCK: tl.constexpr):
+    """Loss and log₂ Σ exp(z − A) of a row; IN_PLACE: gain · its slopes over its logits. Programs (rows).
 
     τ = tanh(slope · l + offset), z − A = half · (τ − 1), and that over log 2 = bits · (τ − 1).
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
-    lanes = tl.arange(0, LANES)
-    target = tl.load(targets + row * K + lanes, mask=lanes < K, other=-1)
-    valid = target >= 0
-    weight = tl.where(valid, tl.load(weights + lanes, mask=lanes < K, other=0.0), 0.0)
-    known = valid & (target < V)
-    hit = tl.load(logits + tl.where(known, target, 0), mask=known, other=0.0).to(tl.float32)
+    target = tl.load(targets + row)
+    counts = (target >= 0).to(tl.float32)
+    known = (target >= 0) & (target < V)
+    hit = tl.load(logits + target, mask=known, other=0.0).to(tl.float32)
     hit = _tanh(hit * slope + offset, FAST)
 
     columns = tl.arange(0, BLOCK)
@@ -104,16 +101,13 @@ def _rows_kernel(logits, targets, weights, losses, lses, V, slope, offset, bits,
         after = start + BLOCK + columns
         ahead = tl.load(logits + after, mask=after < V, other=0.0)
         sums += tl.where(start + columns < V, tl.exp2(tau * bits - bits), 0.0)
-    total = tl.sum(sums)
-    total = tl.where(tl.max((target >= V).to(tl.int32)) > 0, float("nan"), total)  # a target outside: NaN, not silence
+    total = tl.where(target >= V, float("nan"), tl.sum(sums))  # a target outside: NaN, not silence
     lse = tl.log2(total)
-    all_weights = tl.sum(weight)
-    loss = all_weights * lse * 0.6931471805599453 - tl.sum(weight * (hit - 1) * half)
-    tl.store(losses + row, loss)
+    tl.store(losses + row, counts * (lse * 0.6931471805599453 - (hit - 1) * half))
     tl.store(lses + row, lse)
 
     if IN_PLACE:
-        factor = all_weights * gain
+        factor = counts * gain
         ahead = tl.load(logits + columns, mask=columns < V, other=0.0)
         for start in range(0, V, BLOCK):
             tau = _tanh(ahead.to(tl.float32) * slope + offset, FAST)
@@ -122,18 +116,15 @@ def _rows_kernel(logits, targets, weights, losses, lses, V, slope, offset, bits,
             gradient = tl.exp2(tau * bits - (bits + lse)) * factor * (1 - tau * tau)
             at = start + columns
             tl.store(logits + at, gradient.to(logits.dtype.element_ty), mask=at < V)
-        same = (target[:, None] == target[None, :]) & valid[None, :]
-        owed = tl.sum(tl.where(same, weight[None, :], 0.0), 1)  # of all targets that are this token
-        gradient = (tl.exp2(hit * bits - (bits + lse)) * all_weights - owed) * gain * (1 - hit * hit)
+        gradient = (tl.exp2(hit * bits - (bits + lse)) - 1) * gain * (1 - hit * hit)
         tl.debug_barrier()  # other threads wrote there just now
-        tl.store(logits + tl.where(known, target, 0), gradient.to(logits.dtype.element_ty), mask=known)
+        tl.store(logits + target, gradient.to(logits.dtype.element_ty), mask=known)
 
 
 @triton.jit
-def _slopes_kernel(logits, targets, weights, factor, lses, straight, transposed, R, V, slope, offset, bits,
-                   K: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr,
-                   COLUMNS: tl.constexpr):
-    """factor · (1 − τ²)(s p − Σ_k w_k [y_k = j]) into (R, V) and (V, R). Programs (tiles of columns, of rows).
+def _slopes_kernel(logits, targets, lses, straight, transposed, R, V, slope, offset, bits, factor, FAST: tl.constexpr,
+                   ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """factor · (1 − τ²)(p − [y = j]), 0 where y < 0, into (R, V) and (V, R). Programs (tiles of columns, of rows).
 
     First as if no column were a target, then those that are once more, instead of asking so of every element.
     """
@@ -144,53 +135,40 @@ def _slopes_kernel(logits, targets, weights, factor, lses, straight, transposed,
     inside = (rows < R)[:, None] & (columns < V)[None, :]
     tau = _tanh(_float32(tl.load(logits + at, mask=inside, other=0.0)) * slope + offset, FAST)
     lse = tl.load(lses + rows, mask=rows < R, other=0.0)
-    scale = tl.load(factor)
-    lanes = tl.arange(0, LANES)[None, :]
-    asked = (rows < R)[:, None] & (lanes < K)
-    target = tl.load(targets + rows.to(tl.int64)[:, None] * K + lanes, mask=asked, other=-1)
-    weight = tl.load(weights + lanes, mask=lanes < K, other=0.0) * scale
-    sums = tl.sum(tl.where(target >= 0, weight, 0.0), 1)
-    gradient = tl.exp2(tau * bits - (bits + lse)[:, None]) * sums[:, None]
+    target = tl.load(targets + rows, mask=rows < R, other=-1)
+    scale = tl.where(target >= 0, factor, 0.0)
+    gradient = tl.exp2(tau * bits - (bits + lse)[:, None]) * scale[:, None]
     store_both(gradient * (1 - tau * tau), straight, transposed, rows, columns, R, V)
 
     here = (target >= first) & (target < tl.minimum(first + COLUMNS, V))
-    owed = tl.zeros((ROWS, LANES), dtype=tl.float32)  # of all targets that are this token
-    for k in tl.static_range(K):
-        other = tl.load(targets + rows.to(tl.int64) * K + k, mask=rows < R, other=-1)
-        owed += tl.where(other[:, None] == target, tl.load(weights + k) * scale, 0.0)
-    hit = tl.load(logits + rows.to(tl.int64)[:, None] * V + target, mask=here, other=0.0).to(tl.float32)
-    tau = _tanh(hit * slope + offset, FAST)
-    gradient = (tl.exp2(tau * bits - (bits + lse)[:, None]) * sums[:, None] - owed) * (1 - tau * tau)
+    at = rows.to(tl.int64) * V + target
+    tau = _tanh(tl.load(logits + at, mask=here, other=0.0).to(tl.float32) * slope + offset, FAST)
+    gradient = (tl.exp2(tau * bits - (bits + lse)) - 1) * factor * (1 - tau * tau)
     values = eight_bits(gradient, straight.dtype.element_ty)
     tl.debug_barrier()  # other threads wrote there just now
-    tl.store(straight + rows.to(tl.int64)[:, None] * V + target, values, mask=here)
-    tl.store(transposed + target * R + rows[:, None], values, mask=here)
+    tl.store(straight + at, values, mask=here)
+    tl.store(transposed + target * R + rows, values, mask=here)
 
 
-def softcapped_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None, *, cap: Cap,
-                             precision: str = "bfloat16", engine: str = "auto") -> Tensor:
+def softcapped_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, cap: Cap, precision: str = "bfloat16",
+                             engine: str = "auto") -> Tensor:
     """Mean loss over the tokens, () float32, nats; differentiable by x and weight, once.
 
     x          (tokens, width), bfloat16 or float32 (float16 would lose small slopes: the twin takes it); any strides
     weight     (vocabulary, width), float32 or the dtype of x; its gradient is summed in float32
-    targets    (tokens, K) or (tokens,) int64; negative: ignored, which leaves the number of tokens that the mean
-               divides by. One of vocabulary or more makes loss and gradients NaN (an index error in the twin)
-    weights    (K,) float32, of each target, on the device, without gradient; None: ones. With K = 1 and None the result
-               is the cross entropy itself
+    targets    (tokens,) int64; negative: ignored, which leaves the number of tokens that the mean divides by. One of
+               vocabulary or more makes loss and gradients NaN (an index error in the twin)
     cap        (A, B, C) of z = A · sigmoid((l + B) / C), 0 < A ≤ 80, C > 0
     precision  of the products: "bfloat16", the dtype of x; "fp8", for which tokens, vocabulary and width must be
                multiples of 16
     engine     "fused": the kernels; "eager": the twin; "auto": the kernels for CUDA tensors wherever they run.
                ValueError where they cannot do what is asked; fp8 is theirs alone
     """
-    targets = targets[:, None] if targets.ndim == 1 else targets
-    if x.ndim != 2 or weight.shape[1:] != x.shape[1:] or targets.shape[:1] != x.shape[:1] or 0 in x.shape:
+    if x.ndim != 2 or weight.shape[1:] != x.shape[1:] or targets.shape != x.shape[:1] or 0 in x.shape:
         raise ValueError(f"softcapped_cross_entropy needs x (tokens, width), weight (vocabulary, width) and targets "
-                         f"(tokens, K), got {tuple(x.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}")
-    weights = torch.ones(targets.size(1), device=x.device) if weights is None else weights.detach()
-    if weights.shape != targets.shape[1:] or weights.dtype != torch.float32 or targets.dtype != torch.int64:
-        raise ValueError(f"softcapped_cross_entropy needs int64 targets and float32 weights ({targets.size(1)},), one "
-                         f"for each target of a token, got {targets.dtype} and {weights.dtype} {tuple(weights.shape)}")
+                         f"(tokens,), got {tuple(x.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"softcapped_cross_entropy needs int64 targets, got {targets.dtype}")
     if len(cap) != 3 or not 0 < cap[0] <= MOST_SCALE or cap[2] <= 0:
         raise ValueError(f"softcapped_cross_entropy cap={cap!r}: expected (A, B, C), 0 < A ≤ {MOST_SCALE:g}, C > 0")
     for name, value, known in (("precision", precision, PRECISIONS), ("engine", engine, ("auto", "fused", "eager"))):
@@ -212,9 +190,9 @@ def softcapped_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, weights
                              f'multiples of {MULTIPLE}, got {tuple(x.shape)} and {tuple(weight.shape)}; use '
                              f'precision="bfloat16"')
     if not fused:
-        return softcapped_cross_entropy_eager(x, weight, targets, weights, cap)
+        return softcapped_cross_entropy_eager(x, weight, targets, cap)
     gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return _operator(x, weight, targets, weights, list(map(float, cap)), precision, gradients)[0]
+    return _operator(x, weight, targets, list(map(float, cap)), precision, gradients)[0]
 
 
 def _obstacle(device: torch.device) -> str | None:
@@ -228,17 +206,15 @@ _obstacle._dynamo_marked_constant = True
 
 # An operator of its own, gradients included: torch.compile neither looks into it nor breaks its graph there.
 @torch.library.custom_op("turborun::softcapped_cross_entropy", mutates_args=())
-def _operator(x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, cap: Sequence[float], precision: str,
-              gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _operator(x: Tensor, weight: Tensor, targets: Tensor, cap: Sequence[float], precision: str, gradients: bool
+              ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, dx, dW); without `gradients` the last two are empty."""
-    x, targets, weights = x.contiguous(), targets.contiguous(), weights.contiguous()
+    x, targets = x.contiguous(), targets.contiguous()
     (tokens, _), vocabulary = x.shape, weight.size(0)
     fp8 = precision == "fp8"
     head = quantised(weight.contiguous()) if fp8 else weight.to(x.dtype)
     if fp8 and gradients:
-        total = weights.abs().sum()
-        total = torch.where(total == 0, 1.0, total)
-        factor, unit = GRADIENT_MOST / total, total * (cap[0] / (4 * cap[2]) / tokens / GRADIENT_MOST)
+        unit = x.new_full((), _gain(cap, tokens) / GRADIENT_MOST, dtype=torch.float32)
     losses, lses = x.new_empty((2, tokens), dtype=torch.float32)
     dx, dw = torch.empty_like(x) if gradients else x.new_empty(0), None
     buffer = x.new_empty((min(tokens, ROWS), vocabulary), dtype=torch.bfloat16 if fp8 else x.dtype)
@@ -251,11 +227,11 @@ def _operator(x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, cap: 
                              out=logits)
         else:
             torch.mm(x[part], head.T, out=logits)
-        _sum_rows(logits, targets[part], weights, losses[part], lses[part], cap, tokens, gradients, in_place=not fp8)
+        _sum_rows(logits, targets[part], losses[part], lses[part], cap, tokens, gradients, in_place=not fp8)
         if not gradients:
             continue
         if fp8:  # sums over thousands of products: not with use_fast_accum, which keeps 14 bits of them
-            slopes = _slopes(logits, targets[part], weights, factor, lses[part], cap)
+            slopes = _slopes(logits, targets[part], lses[part], cap)
             torch._scaled_mm(slopes[0], head[1].T, unit, head[2], out_dtype=dx.dtype, out=dx[part])
             more = torch._scaled_mm(slopes[1], rows[1].T, unit, rows[2], out_dtype=torch.float32)
         else:
@@ -266,7 +242,7 @@ def _operator(x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, cap: 
 
 
 @_operator.register_fake
-def _(x, weight, targets, weights, cap, precision, gradients):
+def _(x, weight, targets, cap, precision, gradients):
     made = (x.new_empty(x.shape), weight.new_empty(weight.shape)) if gradients else (x.new_empty(0), x.new_empty(0))
     return x.new_empty((), dtype=torch.float32), *made
 
@@ -278,7 +254,7 @@ def _keep(ctx, inputs, output):
 
 def _backward(ctx, slope, *_):
     dx, dw = ctx.saved_tensors
-    return slope * dx, slope * dw, *(None,) * 5
+    return slope * dx, slope * dw, *(None,) * 4
 
 
 _operator.register_autograd(_backward, setup_context=_keep)
@@ -290,26 +266,28 @@ def _constants(cap: Sequence[float]) -> dict[str, float]:
     return dict(slope=0.5 / width, offset=0.5 * shift / width, bits=0.5 * scale / math.log(2))
 
 
-def _sum_rows(logits: Tensor, targets: Tensor, weights: Tensor, losses: Tensor, lses: Tensor, cap: Sequence[float],
-              tokens: int, gradients: bool, in_place: bool) -> None:
+def _gain(cap: Sequence[float], tokens: int) -> float:
+    """A/4C / T, the largest slope of the mean by a logit."""
+    return cap[0] / (4 * cap[2]) / tokens
+
+
+def _sum_rows(logits: Tensor, targets: Tensor, losses: Tensor, lses: Tensor, cap: Sequence[float], tokens: int,
+              gradients: bool, in_place: bool) -> None:
     """Writes losses and lses (rows,), and with `gradients` and `in_place` the slopes of the mean over the logits."""
-    choices = targets.size(1)
     _rows_kernel[(logits.size(0),)](
-        logits, targets, weights, losses, lses, logits.size(1), **_constants(cap), half=0.5 * cap[0],
-        gain=cap[0] / (4 * cap[2]) / tokens, K=choices, LANES=triton.next_power_of_2(choices),
+        logits, targets, losses, lses, logits.size(1), **_constants(cap), half=0.5 * cap[0], gain=_gain(cap, tokens),
         IN_PLACE=gradients and in_place, FAST=FAST_TANH and gradients, BLOCK=_BLOCK, num_warps=_WARPS)
 
 
-def _slopes(logits: Tensor, targets: Tensor, weights: Tensor, factor: Tensor, lses: Tensor,
-            cap: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The slopes of the loss by the logits, over A/4C / tokens and times `factor`: (rows, V) and (V, rows), e5m2."""
+def _slopes(logits: Tensor, targets: Tensor, lses: Tensor, cap: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The slopes of the loss by the logits, the largest possible GRADIENT_MOST: (rows, V) and (V, rows), e5m2."""
     rows, vocabulary = logits.shape
     straight, transposed = (torch.empty(shape, dtype=E5M2, device=logits.device)
                             for shape in ((rows, vocabulary), (vocabulary, rows)))
     grid = triton.cdiv(vocabulary, _TILE_COLUMNS), triton.cdiv(rows, _TILE_ROWS)
-    _slopes_kernel[grid](logits, targets, weights, factor, lses, straight, transposed, rows, vocabulary,
-                         **_constants(cap), K=targets.size(1), LANES=triton.next_power_of_2(targets.size(1)),
-                         FAST=FAST_TANH, ROWS=_TILE_ROWS, COLUMNS=_TILE_COLUMNS, num_warps=_TILE_WARPS)
+    _slopes_kernel[grid](logits, targets, lses, straight, transposed, rows, vocabulary, **_constants(cap),
+                         factor=GRADIENT_MOST, FAST=FAST_TANH, ROWS=_TILE_ROWS, COLUMNS=_TILE_COLUMNS,
+                         num_warps=_TILE_WARPS)
     return straight, transposed
 
 

@@ -17,27 +17,22 @@ CAP = 23.0, 5.0, 7.5
 SLACK = 1.2 if GPU else 4.0  # for chance; the interpreter cuts bits instead of rounding
 
 
-def problem(tokens, vocabulary, choices, width=32, spread=0.5, seed=0):
-    """x, weight (both in bfloat16's numbers) and targets, a tenth of them ignored, one twice, as float64 and int64."""
+def problem(tokens, vocabulary, width=32, spread=0.5, seed=0):
+    """x, weight (both in bfloat16's numbers) and targets, a tenth of them ignored, as float64 and int64."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, width, generator=generator).bfloat16()
     weight = (spread * torch.randn(vocabulary, width, generator=generator)).bfloat16()
-    targets = torch.randint(vocabulary, (tokens, choices), generator=generator)
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
     targets[torch.rand(targets.shape, generator=generator) < 0.1] = -1
     targets[-1] = vocabulary - 1
     return x.double().to(DEVICE), weight.double().to(DEVICE), targets.to(DEVICE)
 
 
-def weights_of(*values):
-    return torch.tensor(values, device=DEVICE)
-
-
-def run(function, x, weight, targets, weights, slope=1.0, dtype=torch.float64, weight_dtype=None, cap=CAP, **options):
+def run(function, x, weight, targets, slope=1.0, dtype=torch.float64, weight_dtype=None, cap=CAP, **options):
     """[loss, dx, dW] with x of dtype and weight of weight_dtype."""
     x = x.to(dtype, copy=True).requires_grad_()
     weight = weight.to(weight_dtype or dtype, copy=True).requires_grad_()
-    weights = weights.to(torch.promote_types(dtype, torch.float32))
-    loss = function(x, weight, targets, weights, cap=cap, **options)
+    loss = function(x, weight, targets, cap=cap, **options)
     (slope * loss).backward()
     assert x.grad.dtype == dtype and weight.grad.dtype == weight.dtype
     return [loss.detach(), x.grad, weight.grad]
@@ -51,25 +46,25 @@ def errors(found, truth):
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, truth, strict=True)]
 
 
-KINDS = [(20, 300, [1.0]), (33, 257, [1.0, 0.5]), (48, 640, [1.0, 0.5, 0.25]), (16, 40, [0.7, 0.0, 0.3]), (1, 7, [2.0])]
+SIZES = [(20, 300), (33, 257), (48, 640), (16, 40), (1, 7)]
 
 
-@pytest.mark.parametrize("tokens, vocabulary, weights", KINDS)
-def test_loss_and_gradients_in_float32(tokens, vocabulary, weights, monkeypatch):
+@pytest.mark.parametrize("tokens, vocabulary", SIZES)
+def test_loss_and_gradients_in_float32(tokens, vocabulary, monkeypatch):
     monkeypatch.setattr(module, "ROWS", 16)  # several parts, the last one short
     monkeypatch.setattr(module, "_BLOCK", 128 if not GPU else module._BLOCK)
     monkeypatch.setattr(module, "FAST_TANH", False)
-    given = *problem(tokens, vocabulary, len(weights)), weights_of(*weights)
+    given = problem(tokens, vocabulary)
     truth = run(softcapped_cross_entropy_eager, *given, slope=-0.3)
     found = run(fused, *given, slope=-0.3, dtype=torch.float32)
     assert found[0].dtype == torch.float32 and found[0].shape == () and max(errors(found, truth)) < 5e-6
 
 
-@pytest.mark.parametrize("tokens, vocabulary, weights", KINDS)
+@pytest.mark.parametrize("tokens, vocabulary", SIZES)
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-def test_bfloat16_is_no_worse_than_the_eager_route(tokens, vocabulary, weights, weight_dtype, monkeypatch):
+def test_bfloat16_is_no_worse_than_the_eager_route(tokens, vocabulary, weight_dtype, monkeypatch):
     monkeypatch.setattr(module, "FAST_TANH", False)
-    given = *problem(tokens, vocabulary, len(weights)), weights_of(*weights)
+    given = problem(tokens, vocabulary)
     truth = run(softcapped_cross_entropy_eager, *given)
     kinds = dict(dtype=torch.bfloat16, weight_dtype=weight_dtype)
     eager = errors(run(softcapped_cross_entropy_eager, *given, **kinds), truth)
@@ -77,9 +72,9 @@ def test_bfloat16_is_no_worse_than_the_eager_route(tokens, vocabulary, weights, 
         assert ours <= SLACK * theirs + 1e-6
 
 
-def test_one_target_of_weight_one_is_the_cross_entropy_also_of_a_tanh_softcap():
-    x, weight, targets = problem(40, 200, 1)
-    targets = targets[:, 0].clamp(min=0)
+def test_the_loss_is_the_cross_entropy_also_of_a_tanh_softcap():
+    x, weight, targets = problem(40, 200)
+    targets = targets.clamp(min=0)
     logits = (x @ weight.T).float()
     for cap, capped in ((CAP, 23 * torch.sigmoid((logits + 5) / 7.5)), ((30, 0, 7.5), 15 * torch.tanh(logits / 15))):
         expected = F.cross_entropy(capped, targets)
@@ -91,10 +86,10 @@ def test_one_target_of_weight_one_is_the_cross_entropy_also_of_a_tanh_softcap():
 @pytest.mark.parametrize("cap", [CAP, (80.0, 0.0, 20.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_of_ten_thousand(dtype, cap, monkeypatch):
-    x, weight, targets = problem(12, 130, 2)
+    x, weight, targets = problem(12, 130)
     x[:, 0], weight[:, 0] = 100.0, torch.linspace(-100, 100, 130)
     x[3] = -x[3]
-    given = x, weight, targets, weights_of(1.0, 1.0)
+    given = x, weight, targets
     assert (x @ weight.T).abs().max() > 9000
     truth = run(softcapped_cross_entropy_eager, *given, cap=cap)
     assert all(t.isfinite().all() for t in run(fused, *given, cap=cap, dtype=dtype, weight_dtype=torch.float32))
@@ -108,41 +103,38 @@ def test_logits_of_ten_thousand(dtype, cap, monkeypatch):
 
 def test_x_of_any_strides(monkeypatch):
     monkeypatch.setattr(module, "FAST_TANH", False)
-    x, weight, targets = problem(24, 96, 2)
-    weights = weights_of(1.0, 0.5)
-    expected = fused(x.float(), weight.float(), targets, weights, cap=CAP)
+    x, weight, targets = problem(24, 96)
+    expected = fused(x.float(), weight.float(), targets, cap=CAP)
     wide = torch.cat([x, x], 1).float()[:, : x.size(1)]
     for other in (wide, x.float().T.contiguous().T):
         assert not other.is_contiguous()
         other = other.detach().requires_grad_()
-        loss = fused(other, weight.float().T.contiguous().T, targets.T.contiguous().T, weights, cap=CAP)
+        loss = fused(other, weight.float().T.contiguous().T, targets.repeat_interleave(2)[::2], cap=CAP)
         torch.testing.assert_close(loss, expected)
         loss.backward()
-        truth = run(softcapped_cross_entropy_eager, x, weight, targets, weights)[1]
+        truth = run(softcapped_cross_entropy_eager, x, weight, targets)[1]
         assert errors([other.grad], [truth])[0] < 5e-6
 
 
-@pytest.mark.parametrize("weights, ignored", [([0.0, 0.0], False), ([1.0, 0.5], True)])
-def test_nothing_to_learn_gives_zeros(weights, ignored):
-    x, weight, targets = problem(16, 48, 2)
-    targets = torch.full_like(targets, -1) if ignored else targets
+def test_nothing_to_learn_gives_zeros():
+    x, weight, targets = problem(16, 48)
     for precision in ("bfloat16", "fp8"):
-        found = run(fused, x, weight, targets, weights_of(*weights), dtype=torch.bfloat16, weight_dtype=torch.float32,
+        found = run(fused, x, weight, torch.full_like(targets, -1), dtype=torch.bfloat16, weight_dtype=torch.float32,
                     precision=precision)
         assert not any(t.any() for t in found)
 
 
 def test_a_target_outside_of_the_vocabulary_is_not_silent():
-    x, weight, targets = problem(16, 48, 2)
-    targets[5, 1] = 48
+    x, weight, targets = problem(16, 48)
+    targets[5] = 48
     for precision in ("bfloat16", "fp8"):
-        loss, dx, _ = run(fused, x, weight, targets, weights_of(1.0, 0.5), dtype=torch.bfloat16,
-                          weight_dtype=torch.float32, precision=precision)
+        loss, dx, _ = run(fused, x, weight, targets, dtype=torch.bfloat16, weight_dtype=torch.float32,
+                          precision=precision)
         assert loss.isnan() and dx[5].isnan().all() and dx[:5].isfinite().all() and dx[6:].isfinite().all()
 
 
 def test_without_gradients_none_are_computed(monkeypatch):
-    x, weight, targets = problem(16, 48, 1)
+    x, weight, targets = problem(16, 48)
     x, weight = x.float().requires_grad_(), weight.float()
     asked = []
     sum_rows = module._sum_rows
@@ -156,12 +148,11 @@ def test_without_gradients_none_are_computed(monkeypatch):
 
 @pytest.mark.parametrize("engine", ["auto", "eager"])
 def test_the_engine_is_chosen_by_device_and_dtype(engine, monkeypatch):
-    x, weight, targets = problem(16, 48, 1)
+    x, weight, targets = problem(16, 48)
     asked, operator = [], module._operator
     monkeypatch.setattr(module, "_operator", lambda *given: (asked.append(given), operator(*given))[1])
     for dtype, kernels in ((torch.float32, GPU and engine == "auto"), (torch.float64, False)):
-        ones = torch.ones(1, device=DEVICE)
-        expected = softcapped_cross_entropy_eager(x.to(dtype), weight.to(dtype), targets, ones, CAP)
+        expected = softcapped_cross_entropy_eager(x.to(dtype), weight.to(dtype), targets, CAP)
         asked.clear()
         found = softcapped_cross_entropy(x.to(dtype), weight.to(dtype), targets, cap=CAP, engine=engine)
         torch.testing.assert_close(found, expected)
@@ -169,31 +160,30 @@ def test_the_engine_is_chosen_by_device_and_dtype(engine, monkeypatch):
 
 
 def test_the_same_input_gives_the_same_bits():
-    given = *problem(40, 300, 3), weights_of(1.0, 0.5, 0.25)
+    given = problem(40, 300)
     first, second = (run(fused, *given, dtype=torch.bfloat16, weight_dtype=torch.float32) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
 def test_torch_compile_keeps_one_graph_and_the_result(precision):
-    x, weight, targets = problem(32, 96, 2)
-    weights = weights_of(1.0, 0.5)
+    x, weight, targets = problem(32, 96)
     options = dict(cap=CAP, precision=precision, engine="fused")
 
-    def loss(x, weight, targets, weights):
-        return 2 * softcapped_cross_entropy(2 * x, weight, targets, weights, **options)
+    def loss(x, weight, targets):
+        return 2 * softcapped_cross_entropy(2 * x, weight, targets, **options)
 
     results = []
     compiled = torch.compile(loss, fullgraph=True, backend="inductor" if GPU else "aot_eager")
     for function in (loss, compiled):
         a, b = x.bfloat16().requires_grad_(), weight.float().requires_grad_()
-        value = function(a, b, targets, weights)
+        value = function(a, b, targets)
         value.backward()
         with torch.no_grad():
-            results.append([value, a.grad, b.grad, function(a, b, targets, 2 * weights)])
+            results.append([value, a.grad, b.grad, function(a, b, targets)])
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-6)
-    torch.testing.assert_close(results[0][3], 2 * results[0][0], rtol=1e-2, atol=0)
+    torch.testing.assert_close(results[0][3], results[0][0], rtol=1e-2, atol=0)
 
 
 # --- fp8 -------------------------------------------------------------------------------------------------------------
@@ -203,10 +193,10 @@ def cosines(found, truth):
     return [F.cosine_similarity(a.double().flatten(), b.flatten(), dim=0).item() for a, b in zip(found, truth)]
 
 
-@pytest.mark.parametrize("rows, weights", [(64, [1.0]), (32, [1.0, 0.5, 0.25])])
-def test_fp8_is_close_to_float64(rows, weights, monkeypatch):
+@pytest.mark.parametrize("rows", [64, 32])
+def test_fp8_is_close_to_float64(rows, monkeypatch):
     monkeypatch.setattr(module, "ROWS", rows)
-    given = *problem(64, 320, len(weights), width=64, spread=0.3), weights_of(*weights)
+    given = problem(64, 320, width=64, spread=0.3)
     truth = run(softcapped_cross_entropy_eager, *given, slope=2.0)
     kinds = dict(dtype=torch.bfloat16, weight_dtype=torch.float32, slope=2.0)
     found = run(fused, *given, precision="fp8", **kinds)
@@ -218,21 +208,19 @@ def test_fp8_is_close_to_float64(rows, weights, monkeypatch):
 
 def test_slopes_in_8_bits_are_within_their_rounding_and_transposed(monkeypatch):
     monkeypatch.setattr(module, "FAST_TANH", False)
-    x, weight, targets = problem(48, 160, 2)
-    weights = weights_of(1.0, 0.5)
+    x, weight, targets = problem(48, 160)
     logits = (x @ weight.T).bfloat16()
     exact = logits.double().requires_grad_()
     eye = torch.eye(160, dtype=torch.float64, device=DEVICE)
-    softcapped_cross_entropy_eager(exact, eye, targets, weights.double(), CAP).backward()
+    softcapped_cross_entropy_eager(exact, eye, targets, CAP).backward()
     losses, lses = torch.empty(2, 48, device=DEVICE)
-    module._sum_rows(logits, targets, weights, losses, lses, CAP, 48, True, in_place=False)
-    factor = torch.tensor(module.GRADIENT_MOST / 1.5, device=DEVICE)
-    straight, transposed = module._slopes(logits, targets, weights, factor, lses, CAP)
+    module._sum_rows(logits, targets, losses, lses, CAP, 48, True, in_place=False)
+    straight, transposed = module._slopes(logits, targets, lses, CAP)
     assert torch.equal(straight.float().T, transposed.float())
-    expected = exact.grad * 48 * 4 * CAP[2] / CAP[0] * factor
+    expected = exact.grad * 48 * 4 * CAP[2] / CAP[0] * module.GRADIENT_MOST
     assert 0.4 * module.GRADIENT_MOST < expected.abs().max() < module.GRADIENT_MOST
     assert ((straight.double() - expected).abs() <= 0.1251 * expected.abs() + 2.0**-16).all()  # 3 significant bits
-    loss = softcapped_cross_entropy_eager(exact, eye, targets, weights.double(), CAP)
+    loss = softcapped_cross_entropy_eager(exact, eye, targets, CAP)
     assert errors([losses.mean()], [loss])[0] < 1e-5
 
 
@@ -240,9 +228,9 @@ def test_slopes_in_8_bits_are_within_their_rounding_and_transposed(monkeypatch):
 
 
 @pytest.mark.parametrize("changes, says", [
-    (dict(x=lambda x: x[:, :5]), r"got \(16, 5\), \(48, 32\) and \(16, 2\)"), (dict(x=lambda x: x[0]), "needs x"),
-    (dict(targets=lambda t: t[:9]), r"\(9, 2\)"), (dict(targets=lambda t: t.int()), "int64 targets"),
-    (dict(weights=lambda w: w[:1]), r"float32 weights \(2,\)"), (dict(weights=lambda w: w.double()), "float64"),
+    (dict(x=lambda x: x[:, :5]), r"got \(16, 5\), \(48, 32\) and \(16,\)"), (dict(x=lambda x: x[0]), "needs x"),
+    (dict(targets=lambda t: t[:9]), r"\(9,\)"), (dict(targets=lambda t: t[:, None]), r"\(16, 1\)"),
+    (dict(targets=lambda t: t.int()), "int64 targets, got torch.int32"),
     (dict(cap=lambda c: (81.0, 0.0, 7.5)), "0 < A ≤ 80"), (dict(cap=lambda c: (23.0, 0.0, 0.0)), "C > 0"),
     (dict(precision=lambda p: "int8"), "one of bfloat16, fp8"), (dict(engine=lambda e: "fast"), "auto, fused, eager"),
     (dict(weight=lambda w: w.half()), "not torch.bfloat16 and torch.float16"),
@@ -251,9 +239,9 @@ def test_slopes_in_8_bits_are_within_their_rounding_and_transposed(monkeypatch):
     (dict(weight=lambda w: w[:47], precision=lambda p: "fp8"), "multiples of 16"),
     (dict(engine=lambda e: "eager", precision=lambda p: "fp8"), "is for the kernels")], ids=lambda value: None)
 def test_mistakes_are_named(changes, says):
-    x, weight, targets = problem(16, 48, 2)
-    arguments = dict(x=x.bfloat16(), weight=weight.float(), targets=targets, weights=weights_of(1.0, 0.5), cap=CAP,
-                     precision="bfloat16", engine="fused")
+    x, weight, targets = problem(16, 48)
+    arguments = dict(x=x.bfloat16(), weight=weight.float(), targets=targets, cap=CAP, precision="bfloat16",
+                     engine="fused")
     with pytest.raises(ValueError, match=says):
         softcapped_cross_entropy(**{name: changes.get(name, lambda v: v)(value) for name, value in arguments.items()})
 
@@ -261,14 +249,14 @@ def test_mistakes_are_named(changes, says):
 # --- real sizes ------------------------------------------------------------------------------------------------------
 
 
-def real_size(tokens, choices=3, vocabulary=50304, width=768):
-    """x, weight, targets, weights as in training: rows of x of unit mean square, logits with a deviation of 3."""
+def real_size(tokens, vocabulary=50304, width=768):
+    """x, weight, targets as in training: rows of x of unit mean square, logits with a deviation of 3."""
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(tokens, width, generator=generator, device="cuda")
     x = F.rms_norm(x, (width,)).bfloat16()
     weight = torch.randn(vocabulary, width, generator=generator, device="cuda") * 3 / width**0.5
-    targets = torch.randint(vocabulary, (tokens, choices), generator=generator, device="cuda")
-    return x, weight, targets, torch.tensor([1.0, 0.5, 0.25][:choices], device="cuda")
+    targets = torch.randint(vocabulary, (tokens,), generator=generator, device="cuda")
+    return x, weight, targets
 
 
 @pytest.mark.gpu
@@ -285,7 +273,7 @@ def test_real_size_is_no_worse_than_the_eager_route(fast, monkeypatch):
         assert ours <= (1.5 if fast else SLACK) * theirs
     assert errors(found, truth)[0] < 1e-3
     with torch.no_grad():
-        validation = softcapped_cross_entropy(given[0], *given[1:], cap=CAP)
+        validation = softcapped_cross_entropy(*given, cap=CAP)
     assert abs(validation - truth[0]) <= 2e-4 * truth[0]
 
 
@@ -303,11 +291,11 @@ def test_real_size_in_fp8():
 def test_more_logits_than_an_int32_can_count(precision, monkeypatch):
     monkeypatch.setattr(module, "ROWS", 65536)
     tokens, last = 45056, 256  # 2.27e9 logits in one piece
-    x, weight, targets, weights = real_size(tokens)
+    x, weight, targets = real_size(tokens)
     targets[:-last] = -1
-    found = run(softcapped_cross_entropy, x, weight, targets, weights, dtype=torch.bfloat16,
-                weight_dtype=torch.float32, precision=precision)
-    truth = run(softcapped_cross_entropy_eager, x[-last:], weight, targets[-last:], weights, slope=last / tokens)
+    found = run(softcapped_cross_entropy, x, weight, targets, dtype=torch.bfloat16, weight_dtype=torch.float32,
+                precision=precision)
+    truth = run(softcapped_cross_entropy_eager, x[-last:], weight, targets[-last:], slope=last / tokens)
     truth[0] = truth[0] * last / tokens
     assert not found[1][:-last].any()
     assert min(cosines([found[1][-last:], found[2]], truth[1:])) > (0.99 if precision == "fp8" else 0.9999)
@@ -316,7 +304,7 @@ def test_more_logits_than_an_int32_can_count(precision, monkeypatch):
 
 @pytest.mark.gpu
 def test_validation_keeps_no_logits():
-    x, weight, targets, weights = real_size(32768, choices=1)
+    x, weight, targets = real_size(32768)
     with torch.no_grad():
         softcapped_cross_entropy(x[:64], weight, targets[:64], cap=CAP)  # cuBLAS keeps a workspace from now on
         before = torch.cuda.memory_allocated()
@@ -332,7 +320,7 @@ from kernels import cross_entropy as file, fp8
 
 def build(kernel, warps, **constants):
     kinds = dict(logits="*bf16", x="*bf16", targets="*i64", straight="*fp8e5", transposed="*fp8e5")
-    kinds |= dict.fromkeys(("weights", "losses", "lses", "factor", "scale"), "*fp32")
+    kinds |= dict.fromkeys(("losses", "lses", "scale"), "*fp32")
     kinds |= dict.fromkeys(("R", "V", "C"), "i32")
     signature = {name: "constexpr" if name in constants else kinds.get(name, "fp32") for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
@@ -344,14 +332,13 @@ def build(kernel, warps, **constants):
                 tanh=count("tanh[.]approx"), exp=count("ex2[.]approx"), fours=count("low, high"),
                 spilled=".local" in ptx)
 
-common = dict(K=3, FAST=True)
 tile = dict(ROWS=file._TILE_ROWS, COLUMNS=file._TILE_COLUMNS)
-rows = dict(LANES=4, BLOCK=file._BLOCK, **common)
+rows = dict(FAST=True, BLOCK=file._BLOCK)
 print(json.dumps(dict(
     sums=build(file._rows_kernel, file._WARPS, IN_PLACE=False, **rows),
     slopes=build(file._rows_kernel, file._WARPS, IN_PLACE=True, **rows),
     exact=build(file._rows_kernel, file._WARPS, IN_PLACE=False, **rows | dict(FAST=False)),
-    both=build(file._slopes_kernel, file._TILE_WARPS, LANES=4, **common, **tile),
+    both=build(file._slopes_kernel, file._TILE_WARPS, FAST=True, **tile),
     cast=build(fp8._cast_kernel, 8, ROWS=fp8._ROWS, COLUMNS=fp8._COLUMNS))))
 """
 
@@ -364,5 +351,5 @@ def test_the_kernels_compile_for_hopper():
     assert found["exact"]["tanh"] == 0
     assert found["cast"]["fours"] and found["both"]["fours"]  # not triton's own cast: see kernels/fp8.py
     threads = 32 * module._TILE_WARPS
-    each = module._TILE_ROWS * module._TILE_COLUMNS // threads + -(-module._TILE_ROWS * 4 // threads)  # and of 4 targets
+    each = module._TILE_ROWS * module._TILE_COLUMNS // threads + -(-module._TILE_ROWS // threads)  # and of targets
     assert found["both"]["tanh"] == found["both"]["exp"] == each  # not once more for the transposed store

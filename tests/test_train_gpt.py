@@ -440,7 +440,7 @@ def test_a_step_s_flops_are_torch_s_count_of_products_and_the_pairs_that_may_see
     bounds, windows = [0, 50, 114, 128, 200, 256], (16, 40)
     tokens, cu_seqlens = torch.randint(0, VOCABULARY, (2, 128)), torch.tensor(bounds, dtype=torch.int32)
     with FlopCounterMode(display=False) as counter:
-        model(tokens, tokens, cu_seqlens, windows, torch.ones(1)).backward()
+        model(tokens, tokens, cu_seqlens, windows).backward()
     counted = sum(flops for name, flops in counter.get_flop_counts()["Global"].items() if str(name) == "aten.mm")
     for i in range(len(model.blocks)):  # width 32: each pair 2 products of 2 FLOPs, thrice
         counted += 12 * 32 * visible(bounds, windows[i in model.wide]).sum().item()
@@ -537,7 +537,7 @@ def test_the_loss_is_cross_entropy_of_softcapped_logits(scale):
     with torch.no_grad():
         model.head.weight.normal_(std=scale)
     targets = torch.randint(0, VOCABULARY, (50,))
-    loss = model.loss(x, targets[:, None], torch.ones(1))
+    loss = model.loss(x, targets)
     weight = model.head.weight.detach().double().requires_grad_()
     x64 = x.detach().double().requires_grad_()
     logits = F.rms_norm(x64, (32,)) @ weight.T
@@ -549,16 +549,16 @@ def test_the_loss_is_cross_entropy_of_softcapped_logits(scale):
         assert (found - wanted).norm() <= 2e-4 * wanted.norm()  # where a logit is saturated float32 keeps few digits
 
 
-def test_logits_are_capped_off_centre_and_the_loss_has_a_factor():
+def test_logits_are_capped_off_centre():
     s, model = model_of(logit_cap="23,5,7.5")
     randomised(model)
     streams, loss = [], model.loss
     model.loss = lambda x, *rest: (streams.append(x), loss(x, *rest))[1]
     tokens, targets = torch.randint(0, VOCABULARY, (2, 2, 128), generator=torch.Generator().manual_seed(1))
     bounds = torch.tensor([0, 128, 256], dtype=torch.int32)
-    found = model(tokens, targets, bounds, (32, 64), torch.tensor([0.25])).item()
+    found = model(tokens, targets, bounds, (32, 64)).item()
     logits = F.rms_norm(streams[0].double(), (32,)) @ model.head.weight.double().T
-    expected = 0.25 * F.cross_entropy(23 * torch.sigmoid((logits + 5) / 7.5), targets.flatten())
+    expected = F.cross_entropy(23 * torch.sigmoid((logits + 5) / 7.5), targets.flatten())
     assert found == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -624,7 +624,7 @@ GATES = dict(smear=True, attention_gates="all", value_gates=True)
 def test_a_gate_starts_without_effect_and_learns(part):
     torch.manual_seed(1)
     tokens, targets = torch.randint(0, VOCABULARY, (2, 2, 128))
-    inputs = tokens, targets, torch.tensor([0, 50, 128, 256], dtype=torch.int32), (32, 64), torch.ones(1)
+    inputs = tokens, targets, torch.tensor([0, 50, 128, 256], dtype=torch.int32), (32, 64)
     _, plain = model_of(layers=6)
     randomised(plain)
     s, model = model_of(layers=6, **{part: GATES[part]})
@@ -679,12 +679,12 @@ def test_a_document_s_stream_through_the_model_depends_on_no_other_document_and_
     here = torch.zeros(256, dtype=torch.bool)
     here[50:100] = True
     with torch.no_grad():
-        x = model(tokens, tokens, bounds, (32, 64), torch.ones(1))
+        x = model(tokens, tokens, bounds, (32, 64))
         other = torch.where(here, tokens.flatten(), torch.randint(0, VOCABULARY, (256,))).view(2, 128)
-        y = model(other, other, bounds, (32, 64), torch.ones(1))
+        y = model(other, other, bounds, (32, 64))
         torch.testing.assert_close(y[here], x[here], rtol=1e-6, atol=1e-6)
         assert (y[~here] != x[~here]).any(1).sum() > 150
-        merged = model(tokens, tokens, torch.tensor([0, 128, 200, 256], dtype=torch.int32), (32, 64), torch.ones(1))
+        merged = model(tokens, tokens, torch.tensor([0, 128, 200, 256], dtype=torch.int32), (32, 64))
         assert (merged[here] - x[here]).abs().max() > 1e-3  # without the boundary it would see the first document
 
 
