@@ -36,7 +36,6 @@ from kernels import attention as fused
 from kernels import why_not
 from kernels.add_rows import add_rows, add_rows_eager
 from kernels.cross_entropy import MOST_SCALE, softcapped_cross_entropy
-from kernels.graph import Replays
 from kernels.relu_squared import relu_squared_mlp, relu_squared_mlp_eager
 from optim import OPTIMIZERS, POLARS, NonFiniteError, budgets, get_optimizer, route, route_table
 from optim.parts import part
@@ -66,7 +65,6 @@ class Settings:
     device: str = option("auto", "auto takes a GPU if there is one", choices=("auto", "cuda", "cpu"))
     dtype: str = option("bfloat16", "of activations; weights stay float32", choices=("bfloat16", "float32"))
     compile: bool = option(True, "torch.compile")
-    graphs: bool = option(False, "on a GPU forward and backward are CUDA graphs, one for each size of the windows")
     # data
     data: str = option("data/fineweb10B", "folder of token shards")
     source: str = option("fineweb", "what fills a missing --data folder", choices=("fineweb", "local", "none"))
@@ -83,7 +81,6 @@ class Settings:
     bigram: int = option(251520, "rows of the embedding of a token with the one before it, hashed; 0: none",
                          least=0, most=2**31)
     key_shift: bool = option(True, "in blocks of the whole window, half of a key is that of the token before")
-    smear: bool = option(True, "a gate lets each token's embedding have some of the one before")
     attention_gates: str = option("wide", "a gate for each head's output: in no block, in those of the whole window, "
                                   "in all", choices=("none", "wide", "all"))
     value_gates: bool = option(True, "a gate for each head's value embedding")
@@ -112,6 +109,7 @@ class Settings:
     row_normalize: bool = option(True, "NorMuon: rows of the matrices' updates have one size over time")
     momentum: float = option(0.95, "of the matrices, after --momentum-warmup steps from 0.85", least=0, most=0.9999)
     momentum_warmup: int = option(300, "steps", least=0)
+    momentum_cooldown: int = option(0, "steps over which the momentum falls to 0.85 in the end", least=0)
     embedding_lr: float = option(0.3, "Adam, for token and value embeddings", least=0)
     head_lr: float = option(0.014, "Adam, for the output head", least=0)
     scalar_lr: float = option(0.015, "Adam, for the mixing weights of blocks", least=0)
@@ -213,8 +211,10 @@ def lr_scale(step: int, s: Settings) -> float:
 
 
 def momentum_at(step: int, s: Settings) -> float:
-    """Muon's momentum: 0.85 at first, when gradients turn fast, then `momentum`."""
-    reached = min(1.0, step / s.momentum_warmup) if s.momentum_warmup else 1.0
+    """Muon's momentum: 0.85 at first, when gradients turn fast, then `momentum`, and 0.85 again in the end
+    (modded-nanogpt)."""
+    reached = min(1.0, step / s.momentum_warmup if s.momentum_warmup else 1.0,
+                  (s.steps - step) / s.momentum_cooldown if s.momentum_cooldown else 1.0)
     return (1 - reached) * min(0.85, s.momentum) + reached * s.momentum
 
 
@@ -408,28 +408,25 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x: residual stream; x0: the embedding it began with; skip: the stream at the mirrored block of the first half.
-    value_embedding, skip: is there one? wide: has it the whole window?"""
+    """x: residual stream; x0: the embedding it began with. value_embedding: is there one? wide: has it the whole
+    window?"""
 
-    def __init__(self, s: Settings, rotary: Rotary, value_embedding: bool, skip: bool, wide: bool):
+    def __init__(self, s: Settings, rotary: Rotary, value_embedding: bool, wide: bool):
         super().__init__()
         gated = s.attention_gates in ("all", "wide" if wide else "all")
         self.attention, self.mlp = Attention(s, rotary, value_embedding, gated, s.key_shift and wide), MLP(s.width)
-        self.mix = nn.Parameter(torch.tensor([1.0, 0.0] + [1.0] * skip))  # of the three streams
+        self.mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # of the two streams
 
-    def forward(self, x: Tensor, x0: Tensor, skip: Tensor | None, value: Tensor | None, documents: Tensor,
-                window: int) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, value: Tensor | None, documents: Tensor, window: int) -> Tensor:
         mix = self.mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        if skip is not None:
-            x = x + mix[2] * skip
         x = x + self.attention(norm(x), value, documents, window)
         return x + self.mlp(norm(x))
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer: rotary, QK-norm, ReLU², U-net skips between mirrored blocks, value embeddings shared by
-    the first and the last blocks, untied head with vocabulary padded to 128, softcapped logits (modded-nanogpt)."""
+    """Decoder-only transformer: rotary, QK-norm, ReLU², value embeddings shared by the first and the last blocks, untied
+    head with vocabulary padded to 128, softcapped logits (modded-nanogpt)."""
 
     def __init__(self, s: Settings):
         super().__init__()
@@ -441,15 +438,11 @@ class GPT(nn.Module):
         self.values = nn.ModuleList(nn.Embedding(padded, s.width) for _ in range(s.value_embeddings))
         self.value_of = {i: i for i in range(s.value_embeddings)}
         self.value_of |= {s.layers - s.value_embeddings + i: i for i in range(s.value_embeddings)}
-        # block of the second half -> its mirror; of an even number the middle two are neighbours and need no skip
-        self.skip_from = {s.layers - 1 - i: i for i in range((s.layers - 1) // 2)}
         self.wide = {i for i in range(s.layers) if i % 4 == 3} | {s.layers - 1}
-        self.blocks = nn.ModuleList(Block(s, rotary, i in self.value_of, i in self.skip_from, i in self.wide)
-                                    for i in range(s.layers))
+        self.blocks = nn.ModuleList(Block(s, rotary, i in self.value_of, i in self.wide) for i in range(s.layers))
         self.head = Linear(s.width, padded, zero=True)
         self.document = document_token(s.vocab_size)
         self.bigram = nn.Embedding.from_pretrained(torch.zeros(s.bigram, s.width), freeze=False) if s.bigram else None
-        self.smear, self.smear_gate = (nn.Parameter(torch.zeros(1)), Gate(s.width, 1)) if s.smear else (None, None)
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, windows: tuple[int, int]) -> Tensor:
         """Mean cross entropy, () float32, nats per token.
@@ -459,12 +452,10 @@ class GPT(nn.Module):
         """
         documents = fused.bounds(cu_seqlens, tokens.numel())
         x0, values = self.embed(tokens.flatten(), documents)
-        x, streams = x0.view_as(x0), []  # one tensor given twice would compile the first block anew
+        x = x0.view_as(x0)  # one tensor given twice would compile the first block anew
         for i, block in enumerate(self.blocks):
-            skip = streams[self.skip_from[i]] if i in self.skip_from else None
             value = values[self.value_of[i]] if i in self.value_of else None
-            x = block(x, x0, skip, value, documents, windows[i in self.wide])
-            streams.append(x)
+            x = block(x, x0, value, documents, windows[i in self.wide])
         return self.loss(x, targets.flatten())
 
     def embed(self, tokens: Tensor, documents: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -472,7 +463,7 @@ class GPT(nn.Module):
         x, bigram = LookUp.apply(self.tokens.weight, tokens, self), None
         if self.bigram is not None:
             bigram = LookUp.apply(self.bigram.weight, self.pair_rows(tokens, documents), self)
-        return self.first(x, bigram, documents), [LookUp.apply(v.weight, tokens, self) for v in self.values]
+        return self.first(x, bigram), [LookUp.apply(v.weight, tokens, self) for v in self.values]
 
     def rows_of(self, table: Tensor, rows: Tensor) -> Tensor:
         return F.embedding(rows, table).to(self.dtype)
@@ -487,11 +478,8 @@ class GPT(nn.Module):
         mixed = (before << 16 | tokens) * 2654435769 & 0xFFFFFFFF
         return ((mixed ^ mixed >> 15) * 2246822507 & 0xFFFFFFFF) * self.bigram.num_embeddings >> 32
 
-    def first(self, x: Tensor, bigram: Tensor | None, documents: Tensor) -> Tensor:
+    def first(self, x: Tensor, bigram: Tensor | None) -> Tensor:
         """The stream of embeddings of tokens and, if there are any, of each token with the one before it."""
-        if self.smear is not None:
-            before = x.roll(1, 0).masked_fill(starts(documents)[:, None], 0)
-            x = x + self.smear.to(x.dtype) * self.smear_gate(x) * before
         return norm(x) if bigram is None else norm(x) + bigram
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -605,52 +593,16 @@ def set_schedule(optimizer, step: int, s: Settings) -> None:
             group["momentum"] = momentum_at(step, s)
 
 
-class Passes:
-    """Losses and gradients of batches. With `graphs` they are CUDA graphs: launching the kernels of a pass takes the
-    host about as long as they take the GPU."""
-
-    def __init__(self, model: GPT, device: torch.device, graphs: bool = False):
-        self.model, self.device = model, device
-        self.replays = Replays(self._work, self._zero) if graphs else None
-        self.grads = [torch.zeros_like(p) for p in model.parameters()] if graphs else []  # where the graphs add to
-
-    def loss(self, batch: Batch, windows: tuple[int, int]) -> Tensor:
-        """() float32 nats per token; it lasts until the next pass."""
-        return self._run(batch, windows, 1.0, gradients=False)
-
-    def add_gradients(self, batch: Batch, windows: tuple[int, int], factor: float) -> None:
-        """Those of the loss times factor are added to the parameters' .grad; where that is None, they become it."""
-        if self.replays and self.model.head.weight.grad is None:
-            self._zero()
-            for p, grad in zip(self.model.parameters(), self.grads):
-                p.grad = grad
-        self._run(batch, windows, factor, gradients=True)
-
-    def _zero(self) -> None:
-        torch._foreach_zero_(self.grads)
-
-    def _run(self, batch: Batch, windows: tuple[int, int], factor: float, gradients: bool) -> Tensor:
-        batch, tokens, edges = batch.to(self.device), batch.tokens.numel(), batch.cu_seqlens.numel()
-        factor = torch.full((), factor, device=self.device)
-        if self.replays is None:
-            return self._work((windows, gradients), batch.tokens, batch.targets, batch.cu_seqlens, factor)
-        cu_seqlens = F.pad(batch.cu_seqlens, (0, tokens + 1 - edges), value=tokens)  # a graph's inputs have one shape
-        return self.replays((windows, gradients), batch.tokens, batch.targets, cu_seqlens, factor)
-
-    def _work(self, key: tuple[tuple[int, int], bool], *inputs: Tensor) -> Tensor:
-        (windows, gradients), (tokens, targets, cu_seqlens, factor) = key, inputs
-        # torch.compile has graphs with gradients, and would compile everything once more without
-        with torch.set_grad_enabled(gradients or self.model.compiled):
-            loss = self.model(tokens, targets, cu_seqlens, windows)
-        if gradients:
-            loss.backward(factor)
-        return loss.detach()
+def pass_loss(model: GPT, batch: Batch, windows: tuple[int, int]) -> Tensor:
+    """() float32 nats per token of one pass, with its graph."""
+    batch = batch.to(model.head.weight.device)
+    return model(batch.tokens, batch.targets, batch.cu_seqlens, windows)
 
 
-def train_step(passes: Passes, optimizer, batches, count: int, windows: tuple[int, int]) -> None:
+def train_step(model: GPT, optimizer, batches, count: int, windows: tuple[int, int]) -> None:
     with part("forward and backward"):
         for _ in range(count):
-            passes.add_gradients(next(batches), windows, 1 / count)
+            (pass_loss(model, next(batches), windows) / count).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -666,9 +618,9 @@ def step_flops(model: GPT, batches, windows: tuple[int, int]) -> int:
 PROFILED = 3  # steps of each stage
 
 
-def profile_stages(s: Settings, passes: Passes, optimizer, loader: TrainLoader, world_size: int):
+def profile_stages(s: Settings, model: GPT, optimizer, loader: TrainLoader, world_size: int):
     """Yields what profile_step finds in each stage. Runs after the training: the weights it changes nobody needs."""
-    at_once, device = s.sequences_at_once("batch_tokens", world_size), passes.device
+    at_once, device = s.sequences_at_once("batch_tokens", world_size), model.head.weight.device
     for steps, work in stages(s):
         windows = windows_at(steps[0], s)
         first, sequences = (tokens_at(steps[0], s) // s.sequence_length for tokens_at in (tokens_before, batch_at))
@@ -676,15 +628,16 @@ def profile_stages(s: Settings, passes: Passes, optimizer, loader: TrainLoader, 
         batches = [loader.batch(first, sequences, part, count) for part in range(count)]
         again = itertools.cycle([batch.pin() for batch in batches] if device.type == "cuda" else batches)
         yield dict(first_step=steps[0], steps=len(steps), work=work) | profile_step(
-            lambda: train_step(passes, optimizer, again, count, windows),
-            step_flops(passes.model, batches, windows), count=PROFILED, device=device)
+            lambda: train_step(model, optimizer, again, count, windows),
+            step_flops(model, batches, windows), count=PROFILED, device=device)
 
 
-def validate(passes: Passes, batches, windows: tuple[int, int], world_size: int) -> float:
+def validate(model: GPT, batches, windows: tuple[int, int], world_size: int) -> float:
     """Mean loss over the validation tokens of all ranks."""
-    total = torch.zeros((), dtype=torch.float64, device=passes.device)
-    for batch in batches:
-        total += passes.loss(batch, windows)
+    total = torch.zeros((), dtype=torch.float64, device=model.head.weight.device)
+    with torch.set_grad_enabled(model.compiled):  # without gradients everything would be compiled once more
+        for batch in batches:
+            total += pass_loss(model, batch, windows).detach()
     total /= len(batches)
     if world_size > 1:
         dist.all_reduce(total)
@@ -716,29 +669,20 @@ def reset(model: GPT, s: Settings, seed: int) -> None:
     model.zero_grad()
 
 
-def warm_up(s: Settings, passes: Passes, loader: TrainLoader, validation, world_size: int) -> None:
-    """Compile, load and capture everything the runs will need. They `reset` the weights that this changes."""
-    optimizer, sequences = make_optimizer(s, passes.model), batch_at(0, s) // s.sequence_length
+def warm_up(s: Settings, model: GPT, loader: TrainLoader, validation, world_size: int) -> None:
+    """Compile and load everything the runs will need. They `reset` the weights that this changes."""
+    optimizer, sequences = make_optimizer(s, model), batch_at(0, s) // s.sequence_length
     count = sequences // world_size // s.sequences_at_once("batch_tokens", world_size)
-
-    def step_and_validate(passes: Passes, step: int) -> None:
-        windows = windows_at(step, s)
-        batches = (loader.batch(0, sequences, part, count) for part in range(count))
-        train_step(passes, optimizer, batches, count, windows)
-        validate(passes, validation[:1], windows, world_size)
-
     for step in (0, s.steps):  # a second size of the windows makes it symbolic in what torch.compile makes
-        step_and_validate(Passes(passes.model, passes.device), step)
-    if passes.replays:
-        torch.cuda.empty_cache()  # graphs have memory of their own
-        for steps, _ in stages(s):
-            step_and_validate(passes, steps[0])
+        windows, batches = windows_at(step, s), (loader.batch(0, sequences, part, count) for part in range(count))
+        train_step(model, optimizer, batches, count, windows)
+        validate(model, validation[:1], windows, world_size)
 
 
-def one_run(s: Settings, seed: int, passes: Passes, loader: TrainLoader, validation, world_size: int, record: Record,
+def one_run(s: Settings, seed: int, model: GPT, loader: TrainLoader, validation, world_size: int, record: Record,
             facts: dict) -> tuple[float, float]:
     """Train from the beginning: (validation loss, seconds). facts: what the process found out before, for `record`."""
-    model, device = passes.model, passes.device
+    device = model.head.weight.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     reset(model, s, seed)
@@ -757,7 +701,7 @@ def one_run(s: Settings, seed: int, passes: Passes, loader: TrainLoader, validat
         if step % s.val_every == 0 or step == s.steps:
             seconds = clock.stop()
             optimizer.check_finite()
-            loss = validate(passes, validation, windows, world_size)
+            loss = validate(model, validation, windows, world_size)
             record.validation(step, loss, seconds, tokens_before(step, s))
             if s.probe:
                 probes[str(step)] = probe(optimizer, model)
@@ -767,17 +711,15 @@ def one_run(s: Settings, seed: int, passes: Passes, loader: TrainLoader, validat
         if step == s.steps:
             break
         set_schedule(optimizer, step, s)
-        train_step(passes, optimizer, batches, batch_at(step, s) // pass_tokens, windows)
+        train_step(model, optimizer, batches, batch_at(step, s) // pass_tokens, windows)
         record.progress(step + 1, clock.running())
 
     extra = {"optimizer": s.optimizer} | {"amo": budget.commitment for budget in budgets(optimizer)} | facts
     if s.probe:
         extra["probe"] = probes
-    peak = None
-    if device.type == "cuda":  # of what is inside of graphs only the reserved memory speaks
-        peak = (torch.cuda.max_memory_reserved if passes.replays else torch.cuda.max_memory_allocated)(device)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     if s.profile:
-        table, extra["profile"] = report(profile_stages(s, passes, optimizer, loader, world_size),
+        table, extra["profile"] = report(profile_stages(s, model, optimizer, loader, world_size),
                                          torch.cuda.get_device_name(device) if device.type == "cuda" else None)
         record.line(table)
     record.finish(peak_memory_bytes=peak, extra=extra)
@@ -791,7 +733,7 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
     gpu = None if device.type == "cpu" else "0" if world_size == 1 else "all"
     series = Series(s.records, track=s.track, name=s.name, target=s.target, runs=s.runs, first_seed=s.seed,
                     script=Path(__file__), repository=REPOSITORY, gpu=gpu, processes=world_size, enabled=rank == 0)
-    passes, hashes, facts, results = None, {}, {}, []
+    model, hashes, facts, results = None, {}, {}, []
     for planned in series.schedule:
         with series.run(planned) as (root, name):
             record = Record(root, track=s.track, name=name, target=s.target, steps=s.steps, seed=planned["seed"],
@@ -805,21 +747,21 @@ def train(s: Settings, device: torch.device, rank: int, world_size: int, started
                     files = loader.files_used + shards.shard_paths(s.data, "val")
                     hashes |= {path: shards.sha256(path) for path in files if path not in hashes}
                     record.data({path.name: hashes[path] for path in files})
-                first = passes is None
+                first = model is None
                 if first:
-                    passes = Passes(new_model(s, planned["seed"], device), device, s.graphs and device.type == "cuda")
-                record.line(route_table(route(passes.model)))
+                    model = new_model(s, planned["seed"], device)
+                record.line(route_table(route(model)))
                 record.line(f"seed {planned['seed']}, {in_passes(s, device, world_size)}")
                 if first:
                     began = time.perf_counter()
                     if s.compile:
-                        passes.model.compile_parts()
-                    warm_up(s, passes, loader, validation, world_size)
+                        model.compile_parts()
+                    warm_up(s, model, loader, validation, world_size)
                     record.line(f"compiled and warmed up in {time.perf_counter() - began:.1f} s")
                     if s.source == "local" and rank == 0:
                         facts["bigram loss"] = bigram_loss(s)
                 this = replace(s, profile=s.profile and planned == series.schedule[-1])
-                results.append(one_run(this, planned["seed"], passes, loader, validation, world_size, record, facts))
+                results.append(one_run(this, planned["seed"], model, loader, validation, world_size, record, facts))
         found = {"runs": len(results)} | dict(zip(("val_loss", "seconds"), map(spread, zip(*results))))
         if series.ledger:
             (loss, seconds), means = results[-1], [found[key]["mean"] for key in ("val_loss", "seconds")]

@@ -1,4 +1,4 @@
-"""Functions as CUDA graphs."""
+"""A function as a CUDA graph."""
 
 import torch
 
@@ -33,24 +33,3 @@ def captured(work, before=lambda: None, pool=None):
         return result
 
     return replay
-
-
-class Replays:
-    """work(key, *tensors) as CUDA graphs: one for each key and shapes, captured when they first come and replayed from
-    then on. They share the memory of what they make on the way: a result lasts until the next call, what `work` adds
-    to tensors from outside stays. Capturing runs `work` three times, each after `before`, and another one follows."""
-
-    def __init__(self, work, before=lambda: None):
-        self.work, self.before, self.pool, self.inputs, self.graphs = work, before, None, {}, {}
-
-    def __call__(self, key, *tensors):
-        shapes = tuple(x.shape for x in tensors)
-        if shapes not in self.inputs:
-            self.inputs[shapes] = [torch.empty_like(x) for x in tensors]
-        inputs = self.inputs[shapes]
-        for mine, its in zip(inputs, tensors):
-            mine.copy_(its, non_blocking=True)
-        if (key, shapes) not in self.graphs:
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            self.graphs[key, shapes] = captured(lambda: self.work(key, *inputs), self.before, self.pool)
-        return self.graphs[key, shapes]()

@@ -16,22 +16,21 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
-from data.shards import Batch, sha256, write_shard
+from data.shards import sha256, write_shard
 from kernels.attention import bounds as bounds_of
 from optim import get_polar, route
 from records.log import Record, parse_log, unpack_source
 from records.settings import SettingsError
 from records.verify import inspect
-from train_gpt import (GPT, PRESETS, Passes, Settings, attention, blockwise_attention, lr_scale, momentum_at,
+from train_gpt import (GPT, PRESETS, Settings, attention, blockwise_attention, lr_scale, momentum_at,
                        windows_at)
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU = torch.device("cpu")
 VOCABULARY = 257  # bytes and the document token
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = dict(preset="local", source="none", device="cpu", layers=2, heads=2, width=32, value_embeddings=1,
             sequence_length=128, max_document=64, batch_tokens=1024, device_batch_tokens=1024, val_tokens=1024,
-            val_every=2, steps=20, window=64, momentum_warmup=10, bigram=0, key_shift=False, smear=False,
+            val_every=2, steps=20, window=64, momentum_warmup=10, bigram=0, key_shift=False,
             attention_gates="none", value_gates=False, row_normalize=False, logit_cap="30,0,7.5", weight_decay=0.0,
             cooldown=0.5, final_lr=0.05)  # the parts have tests of their own
 COMMUNITY_LINE = re.compile(r"step:(\d+)/(\d+) val_loss:([\d.]+) train_time:(\d+)ms step_avg:([\d.]+)ms")
@@ -145,10 +144,10 @@ def test_a_profile_goes_into_the_record_which_verifies_and_changes_no_loss(data,
     monkeypatch.setattr("sys.argv", ["train_gpt.py", *arguments(data, tmp_path, profile=True, **changes)])
     seen, train_step = [], train_gpt.train_step
 
-    def watched(passes, optimizer, batches, count, windows):
+    def watched(model, optimizer, batches, count, windows):
         batches = list(itertools.islice(batches, count))
         seen.append((windows, [batch.tokens.tolist() for batch in batches]))
-        train_step(passes, optimizer, iter(batches), count, windows)
+        train_step(model, optimizer, iter(batches), count, windows)
 
     monkeypatch.setattr(train_gpt, "train_step", watched)
     record = train(data, tmp_path, profile=True, draw=True, **changes)
@@ -225,21 +224,20 @@ def test_a_run_without_warm_up_has_the_same_losses_to_the_bit(finished, data, tm
 def test_reset_puts_everything_back_to_the_bit_after_warm_up(data, monkeypatch):
     s, model = model_of(data=str(data), seed=3)
     loader, validation = train_gpt.open_data(s, 0, 1)
-    passes = Passes(model, CPU)
     before = {name: p.clone() for name, p in (*model.named_parameters(), *model.named_buffers())}
-    loss = train_gpt.validate(passes, validation, (16, 32), 1)
+    loss = train_gpt.validate(model, validation, (16, 32), 1)
     randomised(model)
 
     inside = []  # names of the weights that differ while warm_up validates
     validate = train_gpt.validate
 
-    def spy(passes, *rest):
-        inside.append({name for name, p in passes.model.named_parameters() if not torch.equal(p, before[name])})
-        return validate(passes, *rest)
+    def spy(model, *rest):
+        inside.append({name for name, p in model.named_parameters() if not torch.equal(p, before[name])})
+        return validate(model, *rest)
 
     monkeypatch.setattr(train_gpt, "validate", spy)
-    train_gpt.warm_up(s, passes, loader, validation, 1)
-    passes.add_gradients(loader.batch(0, 8, 0, 1), (16, 32), 1.0)
+    train_gpt.warm_up(s, model, loader, validation, 1)
+    train_gpt.pass_loss(model, loader.batch(0, 8, 0, 1), (16, 32)).backward()
     assert any(p.grad is not None for p in model.parameters())
     places = [p.data_ptr() for p in (*model.parameters(), *model.buffers())]
     train_gpt.reset(model, s, 3)
@@ -248,13 +246,13 @@ def test_reset_puts_everything_back_to_the_bit_after_warm_up(data, monkeypatch):
     assert now.keys() == before.keys() and all(torch.equal(tensor, before[name]) for name, tensor in now.items())
     assert places == [p.data_ptr() for p in now.values()]  # in place: compiled graphs may know where they lie
     assert all(p.grad is None for p in model.parameters())
-    assert validate(passes, validation, (16, 32), 1) == loss
+    assert validate(model, validation, (16, 32), 1) == loss
 
 
 def test_the_loss_at_step_0_is_that_of_a_freshly_seeded_model(finished, data):
     s, model = model_of(data=str(data))
     _, validation = train_gpt.open_data(s, 0, 1)
-    fresh = train_gpt.validate(Passes(model, CPU), validation, windows_at(0, s), 1)
+    fresh = train_gpt.validate(model, validation, windows_at(0, s), 1)
     assert losses(finished)[0] == fresh
 
 
@@ -314,12 +312,14 @@ def test_learning_rates_are_constant_and_then_fall_linearly():
     assert lr_scale(50, Settings(steps=100, cooldown=1, final_lr=0, batch_schedule="1")) == pytest.approx(0.5)
 
 
-def test_momentum_rises_from_0_85_over_its_warm_up():
+def test_momentum_rises_from_0_85_and_falls_again():
     s = Settings(momentum=0.95, momentum_warmup=300)
     values = [momentum_at(step, s) for step in range(400)]
     assert values[0] == 0.85 and values[150] == pytest.approx(0.9) and values[300:] == [0.95] * 100
     assert all(a < b for a, b in zip(values[:300], values[1:]))
     assert momentum_at(0, Settings(momentum_warmup=0)) == 0.95
+    falling = Settings(momentum=0.95, momentum_warmup=0, momentum_cooldown=50, steps=100)
+    assert momentum_at(50, falling) == 0.95 and momentum_at(75, falling) == pytest.approx(0.9)
     assert {round(momentum_at(step, Settings(momentum=0.8)), 12) for step in range(400)} == {0.8}
 
 
@@ -423,9 +423,8 @@ def test_every_parameter_of_the_record_model_is_routed_to_one_group_and_counted(
         "embedding": (1 + 3) * padded * width + 251520 * width,  # tokens, three tables of values, pairs of tokens
         "head": padded * width,
         "matrix": layers * (4 + 8) * width**2,  # q, k, v, o; up and down
-        # mix of x0, skips of the second half, mix of values; gates of 12 channels for 6 heads, of values and in wide
-        # blocks; smear and its gate
-        "scalar": layers * 2 + (layers // 2 - 1) + 2 * 3 * 2 + (2 * 3 + 3) * 6 * 12 + 1 + 12,
+        # mix of x0, mix of values; gates of 12 channels for 6 heads, of values and in wide blocks
+        "scalar": layers * 2 + 2 * 3 * 2 + (2 * 3 + 3) * 6 * 12,
     }
     assert {name for name, _ in groups["embedding"]} == {"tokens.weight", "bigram.weight",
                                                          *(f"values.{i}.weight" for i in range(3))}
@@ -447,72 +446,6 @@ def test_a_step_s_flops_are_torch_s_count_of_products_and_the_pairs_that_may_see
     batch = SimpleNamespace(cu_seqlens=cu_seqlens)
     assert train_gpt.step_flops(model, [batch], windows) == counted
     assert train_gpt.step_flops(model, [batch, batch], windows) == 2 * counted
-
-
-class Played:
-    """As kernels.graph.Replays, without a GPU: `work` on inputs that stay where they are."""
-
-    def __init__(self, work, before):
-        self.work, self.before, self.inputs, self.keys = work, before, None, []
-
-    def __call__(self, key, *tensors):
-        self.inputs = self.inputs or [x.clone() for x in tensors]
-        for mine, its in zip(self.inputs, tensors):
-            mine.copy_(its)
-        if key not in self.keys:
-            self.keys.append(key)
-            for _ in range(3):  # what capturing does to gradients
-                self.before()
-                self.work(key, *self.inputs)
-            self.before()
-        return self.work(key, *self.inputs)
-
-
-def same_by_graphs(plain: Passes, graphs: Passes, optimizers, **tolerance) -> None:
-    """Steps of one, two and one passes at two windows, and validations between: losses and weights."""
-    generator, batches = torch.Generator().manual_seed(1), []
-    for edges in ([0, 50, 128, 256], [0, 128, 200, 256], [0, 64, 128, 130, 132, 256], [0, 128, 256]):
-        tokens, targets = torch.randint(0, VOCABULARY, (2, 2, 128), generator=generator)
-        batches.append(Batch(tokens, targets, torch.tensor(edges, dtype=torch.int32)))
-    for window, count in ((32, 1), (32, 2), (64, 1), (32, 2)):
-        for passes, optimizer in zip((plain, graphs), optimizers):
-            train_gpt.train_step(passes, optimizer, iter(batches[1:]), count, (16, window))
-        losses = [train_gpt.validate(passes, batches[:2], (16, window), 1) for passes in (plain, graphs)]
-        assert losses[0] == pytest.approx(losses[1], rel=tolerance["rtol"])
-        for a, b in zip(plain.model.parameters(), graphs.model.parameters()):
-            torch.testing.assert_close(a, b, **tolerance)
-
-
-PARTS = dict(layers=4, bigram=500, key_shift=True, smear=True, value_gates=True, attention_gates="wide")
-
-
-def test_gradients_by_graphs_are_those_without(monkeypatch):
-    monkeypatch.setattr(train_gpt, "Replays", Played)
-    s, plain = model_of(**PARTS)
-    _, other = model_of(**PARTS)
-    optimizers = [train_gpt.make_optimizer(s, model) for model in (plain, other)]
-    graphs = Passes(other, CPU, graphs=True)
-    places = [grad.data_ptr() for grad in graphs.grads]
-    same_by_graphs(Passes(plain, CPU), graphs, optimizers, rtol=1e-6, atol=1e-7)
-    assert set(graphs.replays.keys) == {((16, window), flag) for window in (32, 64) for flag in (False, True)}
-    zeros = torch.zeros(2, 128, dtype=torch.int64)
-    graphs.add_gradients(Batch(zeros, zeros, torch.tensor([0, 256])), (16, 32), 1.0)
-    assert [p.grad.data_ptr() for p in other.parameters()] == places
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("compile", [False, True])
-def test_gradients_by_cuda_graphs_are_those_without(compile):
-    device, models = torch.device("cuda"), []
-    for _ in range(2):
-        torch.manual_seed(0)
-        s = Settings(**PRESETS["local"] | TINY | PARTS | dict(device="auto", dtype="bfloat16"))
-        with device:
-            models.append(GPT(s))
-        if compile:
-            models[-1].compile_parts()
-    optimizers = [train_gpt.make_optimizer(s, model) for model in models]
-    same_by_graphs(Passes(models[0], device), Passes(models[1], device, graphs=True), optimizers, rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -617,7 +550,7 @@ def test_shifted_keys_have_the_previous_token_s_half_without_position():
         assert torch.equal(shifted[i][:, still], plain[i if i in (0, 100) else i - 1][:, still])
 
 
-GATES = dict(smear=True, attention_gates="all", value_gates=True)
+GATES = dict(attention_gates="all", value_gates=True)
 
 
 @pytest.mark.parametrize("part", GATES)
@@ -632,8 +565,7 @@ def test_a_gate_starts_without_effect_and_learns(part):
     assert new and set(new) <= {name for name, _ in route(model)["scalar"]}
     model(*inputs).backward()
     assert model(*inputs).item() == plain(*inputs).item()
-    learning = {name for name, p in model.named_parameters() if name in new and p.grad.any()}
-    assert learning == set(new) - {"smear_gate.weight"}  # which is multiplied by smear = 0
+    assert all(p.grad.any() for name, p in model.named_parameters() if name in new)
 
 
 def test_a_gate_scales_a_head_s_output_and_its_value_embedding():
@@ -651,17 +583,6 @@ def test_a_gate_scales_a_head_s_output_and_its_value_embedding():
 def test_gates_for_wide_blocks_alone_are_in_every_fourth_and_the_last():
     _, model = model_of(layers=6, attention_gates="wide")
     assert [i for i, block in enumerate(model.blocks) if block.attention.gate is not None] == [3, 5]
-
-
-def test_smear_adds_the_embedding_before_within_the_document():
-    s, model = model_of(smear=True)
-    randomised(model)
-    tokens = torch.randint(0, VOCABULARY, (256,))
-    x = model.tokens.weight[tokens]
-    before = torch.cat([x[:1] * 0, x[:-1]])
-    before[100] = 0
-    expected = x + model.smear * 2 * torch.sigmoid(x[:, :12] @ model.smear_gate.weight)[:, None] * before
-    torch.testing.assert_close(model.embed(tokens, limits([0, 100, 256]))[0], F.rms_norm(expected, (32,)))
 
 
 def test_a_run_with_all_parts_learns(data, tmp_path):

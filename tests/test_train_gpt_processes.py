@@ -49,7 +49,7 @@ def started(command, seconds=60):
 # Several processes
 
 RUNS = {name: dict(optimizer=name) for name in ("turbo-muon", "muon", "adamw")}
-RUNS["parts"] = dict(steps=8, batch_schedule="1,2", bigram=500, smear=True, key_shift=True, attention_gates="all",
+RUNS["parts"] = dict(steps=8, batch_schedule="1,2", bigram=500, key_shift=True, attention_gates="all",
                      value_gates=True, cautious=True, row_normalize=True, weight_decay=0.1)
 
 
