@@ -76,7 +76,8 @@ class Settings:
     # model
     layers: int = option(12, "transformer blocks", least=1)
     heads: int = option(6, "attention heads", least=1)
-    width: int = option(768, "residual stream; 4 × width in the MLPs", least=1)
+    width: int = option(768, "of the residual stream", least=1)
+    mlp_ratio: int = option(4, "hidden width of the MLPs over --width", least=1)
     value_embeddings: int = option(3, "embeddings added to the values of the first and last so many blocks", least=0)
     bigram: int = option(251520, "rows of the embedding of a token with the one before it, hashed; 0: none",
                          least=0, most=2**31)
@@ -109,7 +110,7 @@ class Settings:
     row_normalize: bool = option(True, "NorMuon: rows of the matrices' updates have one size over time")
     momentum: float = option(0.95, "of the matrices, after --momentum-warmup steps from 0.85", least=0, most=0.9999)
     momentum_warmup: int = option(300, "steps", least=0)
-    momentum_cooldown: int = option(0, "steps over which the momentum falls to 0.85 in the end", least=0)
+    momentum_cooldown: int = option(50, "steps over which the momentum falls to 0.85 in the end", least=0)
     embedding_lr: float = option(0.3, "Adam, for token and value embeddings", least=0)
     head_lr: float = option(0.014, "Adam, for the output head", least=0)
     scalar_lr: float = option(0.015, "Adam, for the mixing weights of blocks", least=0)
@@ -179,9 +180,10 @@ class Settings:
 
 PRESETS = {
     "record": {},  # 8 GPUs, FineWeb to 3.28: not yet measured
-    "wiki": dict(track="wiki-3.324", target=3.324, data="data/wiki", source="none", val_tokens=2097152, val_every=265,
-                 width=512, heads=4, window=1024, short_window=384, window_start=256, steps=1060, batch_tokens=131072,
-                 batch_schedule="1,2", lr=0.035, momentum_warmup=150),
+    "wiki": dict(track="wiki-3.324", target=3.324, data="data/wiki", source="none", val_tokens=2097152, val_every=305,
+                 layers=8, width=512, heads=4, window=1024, short_window=384, window_start=256, steps=1220,
+                 batch_tokens=131072, batch_schedule="1,2", lr=0.035, momentum_warmup=150, momentum_cooldown=100,
+                 embedding_lr=0.45, head_lr=0.01),
     "local": dict(track="text-local", target=None, data="data/local", source="local", vocab_size=257, dtype="float32",
                   compile=False, sequence_length=1024, max_document=1024, val_tokens=65536, val_every=75, layers=4,
                   heads=4, width=128, value_embeddings=2, bigram=8192, head_precision="bfloat16", window=128,
@@ -398,9 +400,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int):
+    def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.up, self.down = Linear(width, 4 * width), Linear(4 * width, width, zero=True)
+        self.up, self.down = Linear(width, hidden), Linear(hidden, width, zero=True)
 
     def forward(self, x: Tensor) -> Tensor:
         mlp = relu_squared_mlp if x.is_cuda and x.dtype != torch.float32 else relu_squared_mlp_eager
@@ -414,7 +416,8 @@ class Block(nn.Module):
     def __init__(self, s: Settings, rotary: Rotary, value_embedding: bool, wide: bool):
         super().__init__()
         gated = s.attention_gates in ("all", "wide" if wide else "all")
-        self.attention, self.mlp = Attention(s, rotary, value_embedding, gated, s.key_shift and wide), MLP(s.width)
+        self.attention = Attention(s, rotary, value_embedding, gated, s.key_shift and wide)
+        self.mlp = MLP(s.width, s.mlp_ratio * s.width)
         self.mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # of the two streams
 
     def forward(self, x: Tensor, x0: Tensor, value: Tensor | None, documents: Tensor, window: int) -> Tensor:
