@@ -428,8 +428,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer: rotary, QK-norm, ReLU², value embeddings shared by the first and the last blocks, untied
-    head with vocabulary padded to 128, softcapped logits (modded-nanogpt)."""
+    """Decoder-only transformer: rotary, QK-norm, ReLU², value embeddings shared by the first and the last blocks,
+    untied head with vocabulary padded to 128, softcapped logits (modded-nanogpt)."""
 
     def __init__(self, s: Settings):
         super().__init__()

@@ -18,8 +18,8 @@ With N = T · vocabulary, products take 6 N · width FLOPs on every route, and b
     fp8              4 N        6 N: read; read, write twice in 8 bits     20 GB: 4.7 ms; faster products
 An element takes two special functions each time it is looked at (tanh, exp2; three with an exact tanh), of which a
 multiprocessor does 16 a clock: 3.2 ms for both looks of the bfloat16 route on an H200 at 1.98 GHz, 4.7 if exact.
-Measured there, width 768, forward and backward (records/studies/cross-entropy): torch.compile 33.2 ms, bfloat16 27.3,
-fp8 18.9.
+Measured there, width 768, forward and backward (records/studies/cross-entropy): torch.compile 33.5 ms, bfloat16 27.5,
+fp8 19.0.
 
 fp8 takes x and W in e4m3, each with one scale, and ∂loss/∂l in e5m2, whose scale is known beforehand: its largest
 possible value is A/4C / T, which becomes GRADIENT_MOST; the smallest normal e5m2 is then a p of 2e-9. The two products
