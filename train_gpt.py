@@ -7,7 +7,7 @@
 
 Result of the preset `wiki`: a validation loss of 3.3183 after 89.6 s of training on one NVIDIA H200, mean of n = 4 runs
 (standard deviations 0.0032 and 0.1 s; torch 2.11, triton 3.6; records/wiki-3.324/2026-11-28_214053_speedrun-1270); each
-ends below the target of 3.324, which modded-nanogpt's code reaches there after 127.3 s. What each part is worth:
+ends below the target of 3.324, which modded-nanogpt's code reaches on the same data and kind of GPU after 127.3 s. What each part is worth:
 records/studies/gpt-parts. The FineWeb run on 8 GPUs: not yet measured.
 
 One file, one story: settings, schedules, attention, model, training, runs. The same run on 1, 2, 4 or 8 GPUs sees the
@@ -110,7 +110,8 @@ class Settings:
     row_normalize: bool = option(True, "NorMuon: rows of the matrices' updates have one size over time")
     momentum: float = option(0.95, "of the matrices, after --momentum-warmup steps from 0.85", least=0, most=0.9999)
     momentum_warmup: int = option(300, "steps", least=0)
-    momentum_cooldown: int = option(50, "steps over which the momentum falls to 0.85 in the end", least=0)
+    momentum_cooldown: int = option(50, "steps over which it falls to 0.85 in the end; in short runs the lower of both counts",
+                                   least=0)
     embedding_lr: float = option(0.3, "Adam, for token and value embeddings", least=0)
     head_lr: float = option(0.014, "Adam, for the output head", least=0)
     scalar_lr: float = option(0.015, "Adam, for the mixing weights of blocks", least=0)
@@ -597,7 +598,7 @@ def set_schedule(optimizer, step: int, s: Settings) -> None:
 
 
 def pass_loss(model: GPT, batch: Batch, windows: tuple[int, int]) -> Tensor:
-    """() float32 nats per token of one pass, with its graph."""
+    """() float32 nats per token of one pass; backward may follow."""
     batch = batch.to(model.head.weight.device)
     return model(batch.tokens, batch.targets, batch.cu_seqlens, windows)
 

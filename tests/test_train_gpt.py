@@ -30,7 +30,7 @@ VOCABULARY = 257  # bytes and the document token
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = dict(preset="local", source="none", device="cpu", layers=2, heads=2, width=32, value_embeddings=1,
             sequence_length=128, max_document=64, batch_tokens=1024, device_batch_tokens=1024, val_tokens=1024,
-            val_every=2, steps=20, window=64, momentum_warmup=10, bigram=0, key_shift=False,
+            val_every=2, steps=20, window=64, momentum_warmup=10, momentum_cooldown=0, bigram=0, key_shift=False,
             attention_gates="none", value_gates=False, row_normalize=False, logit_cap="30,0,7.5", weight_decay=0.0,
             cooldown=0.5, final_lr=0.05)  # the parts have tests of their own
 COMMUNITY_LINE = re.compile(r"step:(\d+)/(\d+) val_loss:([\d.]+) train_time:(\d+)ms step_avg:([\d.]+)ms")
@@ -256,6 +256,19 @@ def test_the_loss_at_step_0_is_that_of_a_freshly_seeded_model(finished, data):
     assert losses(finished)[0] == fresh
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_gradients_of_several_passes_are_their_mean(count, data):
+    s, model = model_of(data=str(data))
+    loader, _ = train_gpt.open_data(s, 0, 1)
+    randomised(model)
+    found = []
+    still = SimpleNamespace(step=lambda: found.append([p.grad.clone() for p in model.parameters()]),
+                            zero_grad=lambda set_to_none: model.zero_grad())
+    for parts in (1, count):
+        train_gpt.train_step(model, still, (loader.batch(0, 8, i, parts) for i in range(parts)), parts, (16, 32))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("tokens, passes", [(256, 4), (128, 8), (640, 2)])
 def test_gradient_accumulation_changes_no_loss(finished, data, tmp_path, tokens, passes):
     # 640 tokens: five sequences fit, but eight divide into two passes of four only
@@ -320,6 +333,10 @@ def test_momentum_rises_from_0_85_and_falls_again():
     assert momentum_at(0, Settings(momentum_warmup=0)) == 0.95
     falling = Settings(momentum=0.95, momentum_warmup=0, momentum_cooldown=50, steps=100)
     assert momentum_at(50, falling) == 0.95 and momentum_at(75, falling) == pytest.approx(0.9)
+    assert momentum_at(100, falling) == 0.85 and momentum_at(99, falling) == pytest.approx(0.852)
+    assert momentum_at(99, Settings(momentum_warmup=0, momentum_cooldown=0, steps=100)) == 0.95
+    short = Settings(momentum_warmup=10, momentum_cooldown=50, steps=20)  # they overlap: the lower one counts
+    assert max(momentum_at(step, short) for step in range(21)) == pytest.approx(0.85 + 0.1 * 10 / 50, abs=0.004)
     assert {round(momentum_at(step, Settings(momentum=0.8)), 12) for step in range(400)} == {0.8}
 
 
