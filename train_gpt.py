@@ -7,8 +7,8 @@
 
 Result of the preset `wiki`: a validation loss of 3.3183 after 89.6 s of training on one NVIDIA H200, mean of n = 4 runs
 (standard deviations 0.0032 and 0.1 s; torch 2.11, triton 3.6; records/wiki-3.324/2026-11-28_214053_speedrun-1270); each
-ends below the target of 3.324, which modded-nanogpt's code reaches on the same data and kind of GPU after 127.3 s. What each part is worth:
-records/studies/gpt-parts. The FineWeb run on 8 GPUs: not yet measured.
+ends below the target of 3.324, which modded-nanogpt's code reaches on the same data and kind of GPU after 127.3 s. What
+each part is worth: records/studies/gpt-parts. The FineWeb run on 8 GPUs: not yet measured.
 
 One file, one story: settings, schedules, attention, model, training, runs. The same run on 1, 2, 4 or 8 GPUs sees the
 same batches; fewer GPUs accumulate gradients. Ideas from modded-nanogpt, which are credited where they are used:
