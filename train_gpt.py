@@ -110,8 +110,8 @@ class Settings:
     row_normalize: bool = option(True, "NorMuon: rows of the matrices' updates have one size over time")
     momentum: float = option(0.95, "of the matrices, after --momentum-warmup steps from 0.85", least=0, most=0.9999)
     momentum_warmup: int = option(300, "steps", least=0)
-    momentum_cooldown: int = option(50, "steps over which it falls to 0.85 in the end; in short runs the lower of both counts",
-                                   least=0)
+    momentum_cooldown: int = option(50, "steps over which the momentum falls to 0.85 in the end; where it still rises, "
+                                   "the lower of both counts", least=0)
     embedding_lr: float = option(0.3, "Adam, for token and value embeddings", least=0)
     head_lr: float = option(0.014, "Adam, for the output head", least=0)
     scalar_lr: float = option(0.015, "Adam, for the mixing weights of blocks", least=0)
@@ -448,6 +448,10 @@ class GPT(nn.Module):
         self.document = document_token(s.vocab_size)
         self.bigram = nn.Embedding.from_pretrained(torch.zeros(s.bigram, s.width), freeze=False) if s.bigram else None
 
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, windows: tuple[int, int]) -> Tensor:
         """Mean cross entropy, () float32, nats per token.
 
@@ -599,7 +603,7 @@ def set_schedule(optimizer, step: int, s: Settings) -> None:
 
 def pass_loss(model: GPT, batch: Batch, windows: tuple[int, int]) -> Tensor:
     """() float32 nats per token of one pass; backward may follow."""
-    batch = batch.to(model.head.weight.device)
+    batch = batch.to(model.device)
     return model(batch.tokens, batch.targets, batch.cu_seqlens, windows)
 
 
@@ -624,7 +628,7 @@ PROFILED = 3  # steps of each stage
 
 def profile_stages(s: Settings, model: GPT, optimizer, loader: TrainLoader, world_size: int):
     """Yields what profile_step finds in each stage. Runs after the training: the weights it changes nobody needs."""
-    at_once, device = s.sequences_at_once("batch_tokens", world_size), model.head.weight.device
+    at_once, device = s.sequences_at_once("batch_tokens", world_size), model.device
     for steps, work in stages(s):
         windows = windows_at(steps[0], s)
         first, sequences = (tokens_at(steps[0], s) // s.sequence_length for tokens_at in (tokens_before, batch_at))
@@ -638,7 +642,7 @@ def profile_stages(s: Settings, model: GPT, optimizer, loader: TrainLoader, worl
 
 def validate(model: GPT, batches, windows: tuple[int, int], world_size: int) -> float:
     """Mean loss over the validation tokens of all ranks."""
-    total = torch.zeros((), dtype=torch.float64, device=model.head.weight.device)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
     with torch.set_grad_enabled(model.compiled):  # without gradients everything would be compiled once more
         for batch in batches:
             total += pass_loss(model, batch, windows).detach()
@@ -667,7 +671,7 @@ def new_model(s: Settings, seed: int, device: torch.device) -> GPT:
 @torch.no_grad()
 def reset(model: GPT, s: Settings, seed: int) -> None:
     """Everything in the model as in a new one of this seed, in place: what is compiled for it stays of use."""
-    new = new_model(s, seed, model.head.weight.device)
+    new = new_model(s, seed, model.device)
     for mine, its in zip((*model.parameters(), *model.buffers()), (*new.parameters(), *new.buffers()), strict=True):
         mine.copy_(its)
     model.zero_grad()
@@ -686,7 +690,7 @@ def warm_up(s: Settings, model: GPT, loader: TrainLoader, validation, world_size
 def one_run(s: Settings, seed: int, model: GPT, loader: TrainLoader, validation, world_size: int, record: Record,
             facts: dict) -> tuple[float, float]:
     """Train from the beginning: (validation loss, seconds). facts: what the process found out before, for `record`."""
-    device = model.head.weight.device
+    device = model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     reset(model, s, seed)

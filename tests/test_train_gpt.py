@@ -302,7 +302,7 @@ def test_weight_decay_follows_the_learning_rate_and_the_options_of_muon_arrive()
     train_gpt.set_schedule(optimizer, 4, s)
     [muon] = [group for group in optimizer.param_groups if group["kind"] == "matrix"]
     assert muon["lr"] == pytest.approx(0.6 * s.lr) and muon["weight_decay"] == pytest.approx(0.06)
-    assert muon["cautious"] and muon["row_normalize"]
+    assert muon["momentum"] == momentum_at(4, s) and muon["cautious"] and muon["row_normalize"]
     assert {group["betas"] for group in optimizer.param_groups if "betas" in group} == {(0.5, 0.95)}
     _, model = model_of()
     plain = train_gpt.make_optimizer(Settings(optimizer="normuon"), model).param_groups[0]

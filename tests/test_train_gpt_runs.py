@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # What moves in a run and must be as at first in the next: windows, sizes of batches, the optimizers' state and what AMO
 # has seen and committed.
 MOVING = dict(steps=63, val_every=21, batch_tokens=256, window_start=16, batch_schedule="1,2", optimizer="turbo-amo",
-              row_normalize=True, bigram=500, key_shift=True, target=3.0)
+              row_normalize=True, bigram=500, key_shift=True, momentum_cooldown=20, target=3.0)
 
 
 def series(folder, records, monkeypatch, **changes):
